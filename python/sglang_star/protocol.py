@@ -1,0 +1,389 @@
+"""Every message STAR puts on a wire, and the only two functions that encode and decode them.
+
+One message is one msgpack array ``[protocol_version, body]``, the body a tagged msgspec struct.
+Nothing is ever unpickled: bytes of another version raise :class:`VersionMismatch`, anything else
+that does not decode raises :class:`MalformedMessage`, and the receiver counts and drops it.
+
+Three conversations use this file:
+
+* instance -> router, ZMQ PUB/SUB: :class:`InstanceStatus`;
+* HTTP process -> scheduler of one instance, ZMQ over a private ipc socket: the ``*Order`` messages
+  and their :class:`OrderReply`;
+* home instance <-> target instance, ZMQ DEALER/ROUTER: ``Reserve`` ... ``Heartbeat``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from sglang_star.errors import MalformedMessage, VersionMismatch
+
+PROTOCOL_VERSION: Final = 1
+
+QUANTILE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Levels of every remaining-length estimate on the wire; index 2 is the point estimate."""
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, kw_only=True, tag=True):
+    """Base of every body; array-like and tagged with the class name."""
+
+
+# --------------------------------------------------------------------------- telemetry
+
+
+class RequestStatus(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """One request that holds KV on the publishing instance.
+
+    Attributes:
+        rid: the rid the *client's* instance (home) knows the request by.
+        prompt_tokens, output_tokens: counts so far; their sum is the KV held, less one.
+        max_new_tokens: the client's limit on output tokens.
+        remaining: remaining output tokens at :data:`QUANTILE_LEVELS`; empty if no estimate.
+        home: instance id that owns the client's stream; differs from the publisher for a guest.
+        state: migration state, lower case (``running`` when no move is under way).
+        pinned: why the request cannot move; empty when it can.
+        moves: how many times it has moved so far.
+        queued: True while it waits for admission and holds no KV yet.
+    """
+
+    rid: str
+    prompt_tokens: int
+    output_tokens: int
+    max_new_tokens: int
+    remaining: tuple[float, ...] = ()
+    home: str = ""
+    state: str = "running"
+    pinned: str = ""
+    moves: int = 0
+    queued: bool = False
+
+
+class MoveReport(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """How one migration ended, from its home's point of view.
+
+    Attributes:
+        outcome: ``moved``, ``refused``, ``failed``, ``reclaimed`` or ``cancelled``.
+        reason: why it was ordered; ``detail``: why it ended so, empty when moved.
+        context_tokens: tokens whose KV moved; precopied_tokens: of these, copied while decoding.
+        stall_ms: gap between the last token decoded by the source and the first relayed one,
+            minus ``step_ms``; stall_steps: the same divided by ``step_ms``.
+        step_ms: median step time of the request before the move.
+        transport_bytes: KV bytes moved.
+        started_at, finished_at: wall clock, seconds since the epoch.
+    """
+
+    migration_id: str
+    rid: str
+    source: str
+    target: str
+    outcome: str
+    reason: str = ""
+    detail: str = ""
+    context_tokens: int = 0
+    precopied_tokens: int = 0
+    output_tokens: int = 0
+    stall_ms: float = 0.0
+    stall_steps: float = 0.0
+    step_ms: float = 0.0
+    transport_bytes: int = 0
+    started_at: float = 0.0
+    finished_at: float = 0.0
+
+
+class InstanceStatus(Message):
+    """What one instance tells the router, several times a second.
+
+    Attributes:
+        instance_id: stable name; incarnation: differs after every restart.
+        sequence: grows by one per message of an incarnation.
+        role: ``aggregated``, ``prefill`` or ``decode``.
+        wall_s, monotonic_s: sender's clocks at the time of the snapshot, seconds.
+        step_ms_ema, step_ms_p99: decode step time, exponential mean and recent P99.
+        kv_capacity_tokens: size of the KV pool; kv_used_tokens: not free and not evictable;
+            kv_reserved_tokens: held for guests that are being received.
+        running, queued, retracted: request counts now; retractions: total since start.
+        draining: no new work is wanted.
+        requests: every running request, then the queued ones.
+        recent_moves: moves whose home is this instance and that ended in the last 10 s;
+            repeated in several statuses so that a lost message loses nothing.
+    """
+
+    instance_id: str
+    incarnation: int
+    sequence: int
+    role: str
+    wall_s: float
+    monotonic_s: float
+    step_ms_ema: float
+    step_ms_p99: float
+    kv_capacity_tokens: int
+    kv_used_tokens: int
+    kv_reserved_tokens: int
+    running: int
+    queued: int
+    retracted: int
+    retractions: int = 0
+    draining: bool = False
+    requests: tuple[RequestStatus, ...] = ()
+    recent_moves: tuple[MoveReport, ...] = ()
+
+
+class Advertisement(msgspec.Struct, frozen=True, kw_only=True):
+    """What an instance puts under ``star`` in ``/server_info``, as JSON.
+
+    Attributes:
+        status_address: ZMQ PUB endpoint; migration_address: ZMQ endpoint peers connect to, empty
+            on a prefill instance, which neither sends nor receives migrations.
+        fingerprint: equal between instances that may exchange KV (model, dtype, layers, page
+            size, tensor-parallel size, SGLang and STAR versions).
+        host_token: equal between instances that share memory (same machine and ipc namespace).
+    """
+
+    protocol_version: int
+    star_version: str
+    instance_id: str
+    incarnation: int
+    role: str
+    status_address: str
+    migration_address: str
+    fingerprint: str
+    host_token: str
+    predictor: str = "off"
+
+
+# --------------------------------------------------------------------------- orders
+
+
+class Peer(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """How to reach, and how to recognise, another instance's migration socket."""
+
+    instance_id: str
+    incarnation: int
+    address: str
+
+
+class DescribeOrder(Message):
+    """Ask the scheduler for its :class:`Advertisement`."""
+
+    order_id: int
+
+
+class StatusOrder(Message):
+    """Ask the scheduler for a fresh :class:`InstanceStatus`."""
+
+    order_id: int
+
+
+class MigrateOrder(Message):
+    """Move one running request to ``target``; answered when accepted or refused."""
+
+    order_id: int
+    rid: str
+    target: Peer
+    reason: str = ""
+
+
+class DrainOrder(Message):
+    """Refuse guests and move every movable request to ``targets``, round-robin."""
+
+    order_id: int
+    targets: tuple[Peer, ...] = ()
+
+
+class UndrainOrder(Message):
+    """Accept work again."""
+
+    order_id: int
+
+
+class OrderReply(Message):
+    """Answer to any order; ``error_type`` empty means done, ``payload`` is JSON."""
+
+    order_id: int
+    error_type: str = ""
+    message: str = ""
+    hint: str = ""
+    payload: bytes = b"{}"
+
+
+# --------------------------------------------------------------------------- home <-> target
+
+
+class MigrationMessage(Message):
+    """Base of all instance-to-instance messages.
+
+    Attributes:
+        migration_id: unique per move.
+        home_incarnation, target_incarnation: a receiver drops a message that is not meant for
+            its present incarnation; 0 where the sender does not know it yet.
+    """
+
+    migration_id: str
+    home_incarnation: int
+    target_incarnation: int
+
+
+class Reserve(MigrationMessage):
+    """Home asks for a request slot and KV for ``reserve_tokens`` tokens.
+
+    Attributes:
+        home: where answers and tokens go.
+        fingerprint: must equal the target's.
+        guest_rid: the rid the target shall use; never a prefix of another rid.
+        client_rid: the rid the client's instance knows; for telemetry.
+        request: the original tokenized request, msgpack, no pickled fields.
+        context_tokens: prompt plus output tokens at the time of asking.
+        transport: name of the carrier; transport_setup: what the carrier's receiving side needs.
+    """
+
+    home: Peer
+    fingerprint: str
+    guest_rid: str
+    client_rid: str
+    request: bytes
+    context_tokens: int
+    reserve_tokens: int
+    transport: str
+    transport_setup: bytes
+
+
+class Reserved(MigrationMessage):
+    """Target holds the slot; ``transport_setup`` answers the carrier's."""
+
+    transport_setup: bytes = b""
+
+
+class Refused(MigrationMessage):
+    """Target cannot take the request, or can no longer; it holds nothing of it."""
+
+    error_type: str
+    message: str
+
+
+class PagesReady(MigrationMessage):
+    """KV of token positions ``[start, end)`` lies in the carrier's slot ``slot``."""
+
+    start: int
+    end: int
+    slot: int
+    nbytes: int
+
+
+class PagesTaken(MigrationMessage):
+    """Target has copied them; home may reuse ``slot``."""
+
+    end: int
+    slot: int
+
+
+class Commit(MigrationMessage):
+    """The request is parked at home and everything the target still lacks is here.
+
+    Attributes:
+        committed_tokens: KV positions copied in all = prompt + output - 1.
+        output_ids: all output tokens so far.
+        state: what else the request carries (see ``migration/state.py``), msgpack.
+        predictor: fused predictor state, opaque to the protocol.
+    """
+
+    committed_tokens: int
+    output_ids: tuple[int, ...]
+    state: bytes
+    predictor: bytes = b""
+
+
+class Inserted(MigrationMessage):
+    """The request decodes at the target from now on."""
+
+
+class TokenChunk(MigrationMessage):
+    """Tokens the target decoded for a guest.
+
+    Attributes:
+        index: position in the request's output of the first token of this chunk; a chunk whose
+            index is below what home already has is a duplicate, above it a gap.
+        token_ids: the new tokens.
+        details: logprobs and the like, msgpack, aligned with ``token_ids``.
+        remaining: estimate after the last token, at :data:`QUANTILE_LEVELS`.
+        finished: JSON of SGLang's finish reason once the request is over, else empty.
+        step_ms: the target's latest step time.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    details: bytes = b""
+    remaining: tuple[float, ...] = ()
+    finished: bytes = b""
+    step_ms: float = 0.0
+
+
+class Release(MigrationMessage):
+    """Home no longer wants the guest (abort, cancel, reclaim); target frees it and confirms."""
+
+    reason: str
+
+
+class Released(MigrationMessage):
+    """Target holds nothing of this migration any more."""
+
+
+class Heartbeat(MigrationMessage):
+    """``migration_id`` is empty; lists the migrations the sender believes are live."""
+
+    sender: Peer
+    live: tuple[str, ...] = ()
+
+
+AnyMessage = (
+    InstanceStatus
+    | DescribeOrder
+    | StatusOrder
+    | MigrateOrder
+    | DrainOrder
+    | UndrainOrder
+    | OrderReply
+    | Reserve
+    | Reserved
+    | Refused
+    | PagesReady
+    | PagesTaken
+    | Commit
+    | Inserted
+    | TokenChunk
+    | Release
+    | Released
+    | Heartbeat
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_envelope_decoder = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])
+_body_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """Serialise one message with its envelope."""
+    return _encoder.encode((PROTOCOL_VERSION, message))
+
+
+def decode(data: bytes | memoryview) -> Any:
+    """Deserialise one message.
+
+    Raises:
+        VersionMismatch: the envelope is ours, its version is not.
+        MalformedMessage: anything else.
+    """
+    try:
+        version, body = _envelope_decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"not a STAR message: {error}") from error
+    if version != PROTOCOL_VERSION:
+        raise VersionMismatch(
+            f"peer speaks STAR protocol {version}, this instance {PROTOCOL_VERSION}",
+            hint="run the same sglang-star release on every instance and router",
+        )
+    try:
+        return _body_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"not a STAR message body: {error}") from error

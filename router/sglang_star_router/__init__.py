@@ -1,0 +1,1 @@
+"""STAR's router: dispatch, rescheduling and an unbroken stream in front of SGLang instances."""

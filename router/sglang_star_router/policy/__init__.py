@@ -1,0 +1,1 @@
+"""Decisions as pure functions: a snapshot goes in, placements and move orders come out."""

@@ -1,0 +1,128 @@
+"""What a policy sees: the whole fleet as arrays, at one moment.
+
+Arrays rather than objects, so that 256 instances with 64 requests each are decided in
+milliseconds. The router builds one from the latest statuses, the simulator from its own state;
+the policy cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Instances:
+    """Decode (or aggregated) instances; every array has shape ``[I]``.
+
+    Attributes:
+        ids: stable names.
+        kv_capacity, kv_used, kv_reserved: tokens.
+        running, queued, retracted: requests now.
+        step_ms: recent decode step time.
+        age_s: how old the status behind this row is.
+        accepts: healthy, fresh enough and not draining: may receive requests.
+        draining: should be emptied.
+        moves_out, moves_in: migrations under way from and to it.
+    """
+
+    ids: tuple[str, ...]
+    kv_capacity: IntArray
+    kv_used: IntArray
+    kv_reserved: IntArray
+    running: IntArray
+    queued: IntArray
+    retracted: IntArray
+    step_ms: FloatArray
+    age_s: FloatArray
+    accepts: BoolArray
+    draining: BoolArray
+    moves_out: IntArray
+    moves_in: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """Requests in decode; every array has length ``R`` in its first dimension.
+
+    Attributes:
+        rids: names, unique per instance.
+        instance: row of :class:`Instances` whose KV pool holds the request.
+        prompt_tokens, output_tokens, max_new_tokens: tokens.
+        remaining: remaining output tokens at ``QUANTILE_LEVELS``, shape ``[R, 5]``; NaN where
+            there is no estimate.
+        true_remaining: for the oracle only; NaN in production.
+        movable: may be ordered to move now (no move under way, no pinning feature).
+        queued: waiting for admission, holds no KV.
+        since_move_s: seconds since its last move ended, or since it started.
+    """
+
+    rids: tuple[str, ...]
+    instance: IntArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    max_new_tokens: IntArray
+    remaining: FloatArray
+    true_remaining: FloatArray
+    movable: BoolArray
+    queued: BoolArray
+    since_move_s: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSnapshot:
+    """The fleet at ``now_s`` (seconds, any monotonic clock)."""
+
+    now_s: float
+    instances: Instances
+    requests: Requests
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request the router is about to place."""
+
+    rid: str
+    prompt_tokens: int
+    max_new_tokens: int
+    arrived_s: float
+    true_output_tokens: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOrder:
+    """Move ``rid`` from one instance to another.
+
+    Attributes:
+        reason: one word for the trigger, e.g. ``overflow``, ``imbalance``, ``drain``.
+        expected_gain: what the policy thinks it buys, in the unit its ``explain`` names.
+        explain: the numbers behind the decision.
+    """
+
+    rid: str
+    source: str
+    target: str
+    reason: str
+    expected_gain: float
+    explain: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an arrival goes.
+
+    Attributes:
+        instance: chosen instance id, or None to hold the request at the router for now.
+        reason, explain: as in :class:`MoveOrder`.
+    """
+
+    instance: str | None
+    reason: str
+    explain: dict[str, float] = field(default_factory=dict)

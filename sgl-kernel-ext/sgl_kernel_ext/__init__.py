@@ -1,0 +1,1 @@
+"""Gather and scatter of KV pages, the only compiled part of STAR."""
