@@ -8,7 +8,7 @@ the policy cannot tell them apart.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -76,13 +76,50 @@ class Requests:
     since_move_s: FloatArray
 
 
+def _no_rows() -> IntArray:
+    return np.zeros(0, dtype=np.int64)
+
+
+def _unknown_quantiles() -> FloatArray:
+    return np.full(5, np.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Requests sent to an instance since its status was taken; both arrays have shape ``[P]``.
+
+    Attributes:
+        instance: row of :class:`Instances`.
+        prompt_tokens: KV each will take on arrival, tokens.
+    """
+
+    instance: IntArray = field(default_factory=_no_rows)
+    prompt_tokens: IntArray = field(default_factory=_no_rows)
+
+
 @dataclass(frozen=True, slots=True)
 class FleetSnapshot:
-    """The fleet at ``now_s`` (seconds, any monotonic clock)."""
+    """The fleet at ``now_s`` (seconds, any monotonic clock).
+
+    Attributes:
+        prior_output: output length in tokens of recently finished requests at
+            ``QUANTILE_LEVELS``, shape ``[5]``: what is known of a request before the predictor has
+            seen it. NaN where nothing has finished yet.
+        placed: what went out since the statuses were taken. Without it every arrival between two
+            statuses would see the same least loaded instance.
+        held: requests waiting at the router, the arrival being placed included.
+        derived: arrays computed from the other fields, kept so that many arrivals can be placed
+            on one snapshot. ``dataclasses.replace(snapshot, placed=…)`` may share it: nothing in
+            it depends on ``now_s``, ``placed`` or ``held``.
+    """
 
     now_s: float
     instances: Instances
     requests: Requests
+    prior_output: FloatArray = field(default_factory=_unknown_quantiles)
+    placed: Placed = field(default_factory=Placed)
+    held: int = 0
+    derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +139,7 @@ class MoveOrder:
 
     Attributes:
         reason: one word for the trigger, e.g. ``overflow``, ``imbalance``, ``drain``.
+        mode: ``copy`` (send the KV) or ``recompute`` (prefill the context again at the target).
         expected_gain: what the policy thinks it buys, in the unit its ``explain`` names.
         explain: the numbers behind the decision.
     """
@@ -112,6 +150,7 @@ class MoveOrder:
     reason: str
     expected_gain: float
     explain: dict[str, float] = field(default_factory=dict)
+    mode: str = "copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +160,10 @@ class Placement:
     Attributes:
         instance: chosen instance id, or None to hold the request at the router for now.
         reason, explain: as in :class:`MoveOrder`.
+        reject: answer 429 now; ``instance`` is None.
     """
 
     instance: str | None
     reason: str
     explain: dict[str, float] = field(default_factory=dict)
+    reject: bool = False

@@ -1,0 +1,126 @@
+"""Moves driven by forecast overflow: only what will not fit here, only to where it will.
+
+Every instance's KV is forecast over the horizon. One that is going to pass its limit gives away
+the request whose leaving lowers the overflow most for what moving it costs, to the instance that
+has most room over the whole horizon with the guest on it. Nothing else moves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_star_router.policy import load
+from sglang_star_router.policy.forecast import Forecast, forecast, instants
+from sglang_star_router.policy.limits import token_limit
+from sglang_star_router.policy.params import StarParams
+from sglang_star_router.policy.slots import MoveSlots
+from sglang_star_router.policy.snapshot import (
+    BoolArray,
+    FleetSnapshot,
+    FloatArray,
+    IntArray,
+    MoveOrder,
+)
+
+
+class StarMoves:
+    """The ``star`` rescheduler; with ``true_lengths`` the ``oracle``."""
+
+    def __init__(self, params: StarParams, *, true_lengths: bool = False) -> None:
+        self.params = params
+        self.name = "oracle" if true_lengths else "star"
+        self.true_lengths = true_lengths
+        self.steps = instants(params.horizon_steps, params.horizon_points)
+
+    def orders(self, snapshot: FleetSnapshot) -> list[MoveOrder]:
+        """Return moves, the worst overflow's first; empty when nothing will overflow."""
+        p, inst = self.params, snapshot.instances
+        if len(inst.ids) < 2 or not snapshot.requests.rids:
+            return []
+        ahead = forecast(snapshot, self.steps, true_lengths=self.true_lengths)
+        limit = np.where(inst.draining, 0.0, token_limit(snapshot, p))
+        need = ahead.need(p.risk_sigma)
+        slots = MoveSlots(snapshot, p.moves_per_instance, p.cooldown_s)
+        excess = (need - limit[:, None]).max(axis=1)
+        share = np.round(excess / np.maximum(inst.kv_capacity, 1), 6)
+        sources = np.flatnonzero((share > p.excess_min) & (slots.free > 0))
+        sources = sources[np.lexsort((load.name_rank(inst.ids)[sources], -share[sources]))]
+        orders: list[MoveOrder] = []
+        for source in sources:
+            while slots.free[source] > 0 and len(orders) < p.moves_per_round:
+                order = self._relieve(snapshot, ahead, need, limit, slots, int(source))
+                if order is None:
+                    break
+                orders.append(order)
+        return orders
+
+    def _relieve(
+        self,
+        snapshot: FleetSnapshot,
+        ahead: Forecast,
+        need: FloatArray,
+        limit: FloatArray,
+        slots: MoveSlots,
+        source: int,
+    ) -> MoveOrder | None:
+        """Pick the best move off ``source``, updating ``need`` and ``slots``."""
+        p, inst, reqs = self.params, snapshot.instances, snapshot.requests
+        over = need[source] - limit[source]
+        if over.max() <= p.excess_min * inst.kv_capacity[source]:
+            return None
+        worst = int(np.argmax(over))
+        rows = slots.candidates(source)
+        targets = slots.open_targets()
+        targets = targets[targets != source]
+        if rows.size == 0 or targets.size == 0:
+            return None
+        context = load.context_tokens(snapshot)[rows]
+        cost_s, recompute = self._cost_s(context)
+        left_s = self._expected_steps(ahead, rows) * max(inst.step_ms[source], 1e-3) / 1e3
+        relief = np.minimum(ahead.request[rows, worst], over[worst])
+        value = np.round(relief / (context + ahead.steps[-1]), 9)
+        value[(left_s < p.repay_factor * cost_s)] = -1.0
+        room = p.target_limit * limit[targets, None] - need[targets]
+        slack = room.min(axis=1)
+        target = int(targets[np.lexsort((load.name_rank(inst.ids)[targets], -np.round(slack)))[0]])
+        fits = (ahead.request[rows] <= p.target_limit * limit[target] - need[target]).all(axis=1)
+        value[~fits] = -1.0
+        best = value.max()
+        if best <= 0:
+            return None
+        pick = min(np.flatnonzero(value >= best), key=lambda k: reqs.rids[rows[k]])
+        row = int(rows[pick])
+        need[source] -= ahead.request[row]
+        need[target] += ahead.request[row]
+        slots.take(source, target)
+        return MoveOrder(
+            rid=reqs.rids[row],
+            source=inst.ids[source],
+            target=inst.ids[target],
+            reason="drain" if inst.draining[source] else "overflow",
+            expected_gain=float(relief[pick]),
+            explain={
+                "overflow_tokens": float(over[worst]),
+                "overflow_in_steps": float(ahead.steps[worst]),
+                "target_room_tokens": float(slack.max()),
+                "context_tokens": float(context[pick]),
+                "cost_s": float(cost_s[pick]),
+            },
+            mode="recompute" if recompute[pick] else "copy",
+        )
+
+    def _cost_s(self, context: IntArray) -> tuple[FloatArray, BoolArray]:
+        """Seconds to move each context by the cheaper way, and whether that is recomputing."""
+        p = self.params
+        copy = context / p.copy_tokens_per_s
+        if p.recompute_tokens_per_s <= 0:
+            return copy, np.zeros(context.size, dtype=bool)
+        again = context / p.recompute_tokens_per_s
+        return np.minimum(copy, again), again < copy
+
+    def _expected_steps(self, ahead: Forecast, rows: IntArray) -> FloatArray:
+        """Expected decode steps left within the horizon, from the survival the forecast used."""
+        size = ahead.request[rows]
+        alive = size / np.maximum(size[:, :1] + ahead.steps, 1.0)
+        steps: FloatArray = alive.mean(axis=1) * ahead.steps[-1]
+        return steps
