@@ -1,0 +1,137 @@
+"""``StarConfig``: every ``--star-*`` flag, frozen and validated once, in the launcher."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_star.errors import ConfigError
+
+BUILTIN_HEAD = "builtin"
+PREDICTOR_OFF = "off"
+
+
+def _flag(default: Any, text: str, metavar: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True)
+class StarConfig:
+    """Configuration of STAR in one SGLang instance; field ``x_y`` is flag ``--star-x-y``."""
+
+    instance_id: str = _flag(
+        "", "Stable name of this instance in the fleet. Default: role@host:port.", "NAME"
+    )
+    predictor: str = _flag(
+        BUILTIN_HEAD,
+        "Remaining-length predictor: 'builtin' (the packaged head for this model), 'off', or the "
+        "path of a .safetensors head made by `star predictor train`.",
+        "HEAD",
+    )
+    host: str = _flag(
+        "127.0.0.1",
+        "Address that STAR's status and migration sockets bind to. They are not authenticated: "
+        "expose them only to the fleet's own network.",
+        "HOST",
+    )
+    advertise_host: str = _flag("", "Address peers use to reach --star-host. Default: the same.")
+    status_port: int = _flag(0, "Port of the status publisher; 0 picks a free one.", "PORT")
+    migration_port: int = _flag(0, "Port of the migration socket; 0 picks a free one.", "PORT")
+    status_interval_ms: float = _flag(100.0, "Time between two published statuses.", "MS")
+    transport: str = _flag("shm", "Carrier of KV pages between instances: 'shm'.", "NAME")
+    max_moves: int = _flag(4, "Moves this instance sends at the same time.", "N")
+    max_guests: int = _flag(64, "Requests of other instances it hosts at the same time.", "N")
+    copy_tokens_per_step: int = _flag(
+        1024, "KV tokens gathered or scattered per scheduler step, over all moves.", "N"
+    )
+    move_deadline_s: float = _flag(
+        30.0, "A move that is not committed within this time is cancelled.", "S"
+    )
+    heartbeat_s: float = _flag(0.25, "Time between heartbeats to a peer with live moves.", "S")
+    peer_timeout_s: float = _flag(
+        3.0, "A peer silent for this long is dead: guests are dropped, shadows reclaimed.", "S"
+    )
+    paced: str = _flag(
+        "",
+        "Pad every forward by sleeping to the modelled step time of this profile "
+        "(see `star simulate`); for experiments on a CPU.",
+        "PROFILE",
+    )
+    collect: str = _flag(
+        "", "Write predictor training samples to this folder (see `star predictor collect`).", "DIR"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values no instance can run with.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        for name in ("status_interval_ms", "move_deadline_s", "heartbeat_s", "peer_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{_option(name)} must be positive, not {getattr(self, name)}")
+        for name in ("max_moves", "max_guests", "copy_tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{_option(name)} must be at least 1")
+        for name in ("status_port", "migration_port"):
+            if not 0 <= getattr(self, name) < 65536:
+                raise ConfigError(f"{_option(name)} must be a port number or 0")
+        if self.peer_timeout_s < 3 * self.heartbeat_s:
+            raise ConfigError(
+                "--star-peer-timeout-s must be at least three heartbeats",
+                hint="raise it, or lower --star-heartbeat-s",
+            )
+        if self.transport != "shm":
+            raise ConfigError(
+                f"--star-transport {self.transport!r} is not available",
+                hint="this release carries KV by 'shm' (instances on one machine)",
+            )
+        if self.predictor not in (BUILTIN_HEAD, PREDICTOR_OFF) and not os.path.isfile(
+            self.predictor
+        ):
+            raise ConfigError(
+                f"--star-predictor {self.predictor!r} does not exist",
+                hint="give the path of a trained head, 'builtin' or 'off'",
+            )
+
+
+def _option(name: str) -> str:
+    return "--star-" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the STAR group to SGLang's own parser."""
+    group = parser.add_argument_group(
+        "STAR", "decode-phase rescheduling; nothing below has any effect without --star"
+    )
+    group.add_argument("--star", action="store_true", default=False, help="Enable STAR.")
+    for field in dataclasses.fields(StarConfig):
+        group.add_argument(
+            _option(field.name),
+            dest="star_" + field.name,
+            type=type(field.default),
+            default=field.default,
+            metavar=field.metadata["metavar"],
+            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
+        )
+
+
+def from_arguments(args: argparse.Namespace) -> StarConfig | None:
+    """Return the configuration, or None without ``--star``.
+
+    Raises:
+        ConfigError: a value is wrong, or a ``--star-*`` flag was given without ``--star``.
+    """
+    values = {
+        field.name: getattr(args, "star_" + field.name, field.default)
+        for field in dataclasses.fields(StarConfig)
+    }
+    if getattr(args, "star", False):
+        return StarConfig(**values)
+    for field in dataclasses.fields(StarConfig):
+        if values[field.name] != field.default:
+            raise ConfigError(f"{_option(field.name)} needs --star", hint="add --star")
+    return None

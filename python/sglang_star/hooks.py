@@ -1,0 +1,267 @@
+"""Everything STAR touches in SGLang: one table, applied and verified.
+
+SGLang logs and swallows what goes wrong in plugins, so after applying a set of rows we look for
+our function in each target and stop the process if one is missing: a STAR that is half installed
+would corrupt streams rather than fail.
+
+Rows are applied by scope: ``LAUNCHER`` in every process that parses arguments, ``SERVER`` in the
+process that serves HTTP and only with ``--star``, ``SCHEDULER_ENTRY`` wherever SGLang has loaded
+its scheduler, ``SCHEDULER`` from there and only with ``--star``, and ``CPU`` in the scheduler
+when the portable CPU platform is active.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_star import SGLANG_VERSION
+from sglang_star.errors import HookError
+
+
+class Scope(enum.Enum):
+    """Where and when a row applies; see the module's text."""
+
+    LAUNCHER = "launcher"
+    SERVER = "server"
+    SCHEDULER_ENTRY = "scheduler entry"
+    SCHEDULER = "scheduler"
+    CPU = "portable cpu platform"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One row: ``function`` (``module:name``) is attached to ``target`` in the given ``kind``."""
+
+    scope: Scope
+    target: str
+    kind: str
+    function: str
+    why: str
+
+
+_S = "sglang.srt.managers.scheduler.Scheduler."
+_LAUNCH = "sglang_star.launch:"
+_SCHED = "sglang_star.scheduler:"
+_PRED = "sglang_star.predictor.runner:"
+_NIXL = "nixl._api.nixl_agent."
+_HOST = "sglang_star.platform.nixl_host:"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        Scope.LAUNCHER,
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        "after",
+        _LAUNCH + "add_cli_args",
+        "the STAR group of flags",
+    ),
+    Hook(
+        Scope.LAUNCHER,
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+        "after",
+        _LAUNCH + "from_cli_args",
+        "attach StarConfig; underscore attributes survive pickling to the scheduler",
+    ),
+    Hook(
+        Scope.SERVER,
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        "before",
+        "sglang_star.endpoints:install",
+        "the /star/* routes, before SGLang adds its API-key check",
+    ),
+    Hook(
+        Scope.SCHEDULER_ENTRY,
+        _S + "__init__",
+        "around",
+        _SCHED + "init",
+        "install the scheduler rows if --star, then build STAR's part of the scheduler",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "get_init_info",
+        "after",
+        _SCHED + "get_init_info",
+        "advertise STAR's addresses in /server_info",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "get_output_streamer_class",
+        "after",
+        _SCHED + "get_output_streamer_class",
+        "the estimate in meta_info; a guest's tokens go home instead of to the detokenizer",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "ingest_requests",
+        "after",
+        _SCHED + "ingest_requests",
+        "the step-boundary tick, in every event loop",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "_create_generation_req",
+        "after",
+        _SCHED + "create_generation_req",
+        "keep the original request message: a target rebuilds the request from it",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "_add_request_to_queue",
+        "around",
+        _SCHED + "add_request_to_queue",
+        "a rebuilt guest waits for its KV instead of for prefill",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "abort_request",
+        "before",
+        _SCHED + "abort_request",
+        "an abort follows the request to its target",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "_poll_timeout_aborts",
+        "after",
+        _SCHED + "poll_timeout_aborts",
+        "SGLang's running timeout also covers requests that run elsewhere",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "is_fully_idle",
+        "after",
+        _SCHED + "is_fully_idle",
+        "KV held outside the batch is not a leak, and its owner is not idle",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "on_idle",
+        "around",
+        _SCHED + "on_idle",
+        "wait for the next message instead of spinning while a move is under way",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "process_batch_result",
+        "around",
+        _SCHED + "process_batch_result",
+        "step time, and the status published after each step",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        "around",
+        _SCHED + "cumulate_penalty_output_tokens",
+        "log what each penalised request has accumulated, so that a target can repeat it",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "init_tp_model_worker",
+        "after",
+        _PRED + "init_tp_model_worker",
+        "build the predictor before memory pools are sized and graphs captured",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.layers.logits_processor.LogitsProcessor._get_pruned_states",
+        "after",
+        _PRED + "get_pruned_states",
+        "last-token hidden states, at prefill and decode",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample",
+        "after",
+        _PRED + "sample",
+        "attach the estimate to the step's results: no extra synchronisation",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        "around",
+        "sglang_star.platform.paced:forward",
+        "paced execution: pad a forward to the modelled step time",
+    ),
+    Hook(
+        Scope.CPU,
+        _NIXL + "register_memory",
+        "before",
+        _HOST + "register_memory",
+        "there is no device memory: register KV as host memory",
+    ),
+    Hook(Scope.CPU, _NIXL + "get_xfer_descs", "before", _HOST + "get_descs", "as above"),
+    Hook(Scope.CPU, _NIXL + "get_reg_descs", "before", _HOST + "get_descs", "as above"),
+    Hook(Scope.CPU, _NIXL + "prep_xfer_dlist", "before", _HOST + "prep_xfer_dlist", "as above"),
+    Hook(
+        Scope.CPU,
+        _S + "maybe_send_cached_prefix_chunk",
+        "around",
+        _HOST + "maybe_send_cached_prefix_chunk",
+        "an optional early send that records a CUDA event",
+    ),
+)
+
+
+def install(*scopes: Scope) -> None:
+    """Register, apply and verify all rows of the given scopes in this process.
+
+    Raises:
+        HookError: naming the row that did not take effect.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    installed: list[tuple[Hook, Callable[..., Any]]] = []
+    for hook in HOOKS:
+        if hook.scope not in scopes:
+            continue
+        module, _, name = hook.function.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise HookError(f"STAR cannot load its hook {hook.function}: {error}") from error
+        HookRegistry.register(hook.target, function, HookType(hook.kind))
+        installed.append((hook, function))
+    HookRegistry.apply_hooks()
+    for hook, function in installed:
+        if not _is_attached(hook.target, function):
+            raise HookError(
+                f"STAR's hook on {hook.target} ({hook.why}) did not take effect",
+                hint=f"STAR needs sglang=={SGLANG_VERSION} unmodified, and no other plugin that "
+                "hooks the same function first",
+            )
+
+
+def verify_version() -> None:
+    """Refuse any SGLang but the pinned release.
+
+    Raises:
+        HookError: naming both versions.
+    """
+    import sglang
+
+    found = sglang.__version__
+    if found != SGLANG_VERSION:
+        raise HookError(
+            f"this STAR is built for SGLang {SGLANG_VERSION}, but {found} is installed",
+            hint=f"pip install sglang=={SGLANG_VERSION}, or launch without --star",
+        )
+
+
+def _is_attached(target: str, function: Callable[..., Any]) -> bool:
+    """Whether ``function`` is somewhere in the target's chain of wrappers."""
+    try:
+        owner, _, name = target.rpartition(".")
+        current: Any = inspect.getattr_static(pkgutil.resolve_name(owner), name)
+    except (ImportError, AttributeError):
+        return False
+    current = getattr(current, "__func__", current)
+    while current is not None:
+        for cell in getattr(current, "__closure__", None) or ():
+            if cell.cell_contents is function:
+                return True
+        current = getattr(current, "__wrapped__", None)
+    return False

@@ -1,0 +1,90 @@
+"""STAR in the launcher: flags, the programmatic way in, and the checks before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from sglang_star import config, hooks
+from sglang_star.config import StarConfig
+from sglang_star.errors import ConfigError, StarError
+
+ATTRIBUTE = "_star_config"
+"""Where StarConfig rides on SGLang's ServerArgs; the underscore keeps it through pickling."""
+
+
+def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
+    """AFTER ``ServerArgs.add_cli_args``."""
+    config.add_arguments(parser)
+
+
+def from_cli_args(server_args: Any, _cls: type, args: argparse.Namespace) -> Any:
+    """AFTER ``ServerArgs.from_cli_args``: attach the configuration, or stop with its error."""
+    try:
+        star = config.from_arguments(args)
+        if star is not None:
+            enable(server_args, star)
+    except StarError as error:
+        _stop(error)
+    return server_args
+
+
+def enable(server_args: Any, star: StarConfig | None = None) -> Any:
+    """Turn STAR on for an engine or server started from Python.
+
+    Example::
+
+        args = ServerArgs(model_path=...)
+        sglang_star.launch.enable(args, StarConfig(predictor="off"))
+        engine = sglang.Engine(server_args=args)
+
+    Args:
+        server_args: SGLang's ``ServerArgs``, not yet used to start anything.
+        star: configuration; defaults to ``StarConfig()``.
+
+    Returns:
+        ``server_args``.
+
+    Raises:
+        ConfigError: an SGLang option excludes STAR.
+        HookError: SGLang is another version, or a hook did not take effect.
+    """
+    hooks.verify_version()
+    _refuse_unsupported(server_args)
+    hooks.install(hooks.Scope.SERVER)
+    setattr(server_args, ATTRIBUTE, star or StarConfig())
+    return server_args
+
+
+def _refuse_unsupported(server_args: Any) -> None:
+    """Name the first SGLang option that STAR cannot work with.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    limits = (
+        ("--tp-size", getattr(server_args, "tp_size", 1), 1),
+        ("--pp-size", getattr(server_args, "pp_size", 1), 1),
+        ("--dp-size", getattr(server_args, "dp_size", 1), 1),
+        ("--tokenizer-worker-num", getattr(server_args, "tokenizer_worker_num", 1), 1),
+        ("--nnodes", getattr(server_args, "nnodes", 1), 1),
+    )
+    for option, value, most in limits:
+        if value is not None and value > most:
+            raise ConfigError(
+                f"--star does not support {option} {value} yet",
+                hint=f"use {option} {most}, or launch without --star",
+            )
+    if getattr(server_args, "speculative_algorithm", None):
+        raise ConfigError(
+            "--star does not support speculative decoding yet",
+            hint="drop --speculative-algorithm, or launch without --star",
+        )
+
+
+def _stop(error: StarError) -> NoReturn:
+    print(f"STAR: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"      {error.hint}", file=sys.stderr)
+    raise SystemExit(2)
