@@ -1,0 +1,1 @@
+"""Remaining output length of running requests: the head, its engine hook, and its training."""
