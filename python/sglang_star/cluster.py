@@ -1,0 +1,125 @@
+"""A local cluster: SGLang engines with STAR and their router, as one thing that starts and ends.
+
+Used by ``star cluster``, ``star demo``, the benchmarks and the end-to-end tests. Nothing is
+configured that could not be typed: every process is an ordinary command line with a log file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+from sglang_star.cluster_layout import (
+    CPU_ENVIRONMENT,
+    ClusterSpec,
+    Engine,
+    engines,
+    router_command,
+)
+from sglang_star.errors import SetupError
+from sglang_star.machine import free_ports, port_is_free, require_memory
+from sglang_star.process import ServerProcess, wait_healthy
+
+Report: TypeAlias = Callable[[str], None]
+
+
+@dataclass
+class Cluster:
+    """A running cluster; use it as a context manager, so that it ends with the block.
+
+    Attributes:
+        url: the router's address, once started.
+        engines: where the engines are, once started.
+    """
+
+    spec: ClusterSpec
+    logs: Path
+    report: Report = print
+    url: str = ""
+    engines: tuple[Engine, ...] = ()
+    _processes: list[ServerProcess] = field(default_factory=list)
+
+    def __enter__(self) -> Cluster:
+        """Start everything and wait until it serves.
+
+        Raises:
+            SetupError: too little memory, a port taken, or a process that did not come up.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End every process."""
+        self.stop()
+
+    def check(self) -> None:
+        """Do nothing while every process lives.
+
+        Raises:
+            SetupError: one ended; the message carries the end of its log.
+        """
+        for process in self._processes:
+            process.check()
+
+    def stop(self) -> None:
+        """End every process and wait until none is left; more Ctrl-C does not stop it."""
+        for process in self._processes:
+            process.ask_to_stop()
+        while self._processes:
+            try:
+                self._processes[-1].stop()
+            except KeyboardInterrupt:
+                continue
+            self._processes.pop()
+
+    def _start(self) -> None:
+        spec = self.spec
+        self.logs.mkdir(parents=True, exist_ok=True)
+        require_memory(len(spec.roles), spec.model)
+        if spec.port and not port_is_free(spec.port, spec.host):
+            raise SetupError(
+                f"port {spec.port} on {spec.host} is taken",
+                hint="choose another with --port, or end the program that listens there",
+            )
+        self.engines = tuple(engines(spec))
+        port = spec.port or free_ports(1, spec.host)[0]
+        began = time.monotonic()
+        self.report(f"starting {len(self.engines)} engines with {spec.model}")
+        for engine in self.engines:
+            self._launch(engine.name, engine.command, engine.url, CPU_ENVIRONMENT)
+        self._wait(self._processes, began)
+        url = f"http://{spec.host}:{port}"
+        self._launch("router", router_command(spec, self.engines, port), url, {})
+        self._wait(self._processes[-1:], began)
+        self.url = url
+
+    def _launch(
+        self, name: str, command: tuple[str, ...], url: str, environment: dict[str, str]
+    ) -> None:
+        self._processes.append(
+            ServerProcess(
+                name, command, url=url, log=self.logs / f"{name}.log", environment=environment
+            )
+        )
+
+    def _wait(self, processes: list[ServerProcess], began: float) -> None:
+        waiting = list(processes)
+        while waiting:
+            left = self.spec.start_timeout_s - (time.monotonic() - began)
+            for process in wait_healthy(waiting, left):
+                waiting.remove(process)
+                self.report(f"{process.name} is ready after {time.monotonic() - began:.0f} s")
+            self.check()
