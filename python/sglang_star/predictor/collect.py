@@ -1,0 +1,213 @@
+"""``star predictor collect``: prompts in, (hidden state, tokens so far, remaining) samples out.
+
+An offline SGLang engine answers the prompts while STAR's own hook records. Everything on disk is
+skipped by the next run. Ctrl-C or SIGTERM stops sending and lets running requests end, because
+cutting them would keep only the short ones; what is left can be trained on or continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sglang_star.config import PREDICTOR_OFF, StarConfig
+from sglang_star.errors import ConfigError
+from sglang_star.predictor.prompts import Prompt, read_prompts
+from sglang_star.predictor.samples import FORMAT, MANIFEST, collected_rids
+
+REPORT_EVERY_S: Final = 10.0
+
+Job = tuple[str, Prompt]
+"""A rid (``<prompt key>#<sample>``) and its prompt."""
+
+Generate = Callable[[Job], Awaitable[int]]
+"""Answer one job; returns the number of output tokens."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts of one run, printed every ten seconds."""
+
+    total: int
+    done: int = 0
+    tokens: int = 0
+    stopping: bool = False
+    started: float = 0.0
+    reported: float = 0.0
+
+    def line(self) -> str:
+        """What is done, how fast, and how long it will still take."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        left = f"{(self.total - self.done) * elapsed / self.done / 60:.0f}" if self.done else "?"
+        return (
+            f"{self.done}/{self.total} requests, {self.tokens} tokens, "
+            f"{self.tokens / elapsed:.0f} tok/s, {left} min left"
+        )
+
+    def add(self, tokens: int) -> None:
+        """Count one finished request."""
+        self.done += 1
+        self.tokens += tokens
+        if time.monotonic() - self.reported >= REPORT_EVERY_S or self.done == self.total:
+            self.reported = time.monotonic()
+            print(self.line(), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when all is collected or the run was stopped by the user.
+
+    Raises:
+        ConfigError: the prompts, the folder or an option is wrong.
+    """
+    args = parser().parse_args(argv)
+    prompts = read_prompts(args.prompts)[: args.limit]
+    write_manifest(args.out, settings(args, len(prompts)))
+    jobs = plan(prompts, args.samples, args.out)
+    if not jobs:
+        print(f"{args.out} already holds every sample asked for")
+        return 0
+    engine = start_engine(args)
+    try:
+        generate = generator(engine, args)
+        engine.loop.run_until_complete(drive(jobs, generate, args.concurrency, args.minutes))
+    finally:
+        engine.shutdown()
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--model", required=True, help="model path, as for SGLang")
+    result.add_argument("--prompts", required=True, type=Path, help="jsonl[.gz], json or text")
+    result.add_argument("--out", required=True, type=Path, help="folder; continued if it exists")
+    result.add_argument("--limit", type=int, help="use this many prompts [all]")
+    result.add_argument("--samples", type=int, default=1, help="outputs per prompt [1]")
+    result.add_argument("--max-new-tokens", type=int, default=1024, help="cap [1024]")
+    result.add_argument("--temperature", type=float, help="[the model's own]")
+    result.add_argument("--top-p", type=float, help="[the model's own]")
+    result.add_argument("--no-chat-template", action="store_true", help="send prompts as they are")
+    result.add_argument("--concurrency", type=int, default=48, help="requests at once [48]")
+    result.add_argument("--minutes", type=float, help="stop sending after this long [never]")
+    return result
+
+
+def settings(args: argparse.Namespace, prompts: int) -> dict[str, Any]:
+    """What the manifest records, and a continued collection must agree with."""
+    return {
+        "format": FORMAT,
+        "model": str(args.model),
+        "chat_template": not args.no_chat_template,
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": {k: getattr(args, k) for k in ("temperature", "top_p")},
+        "prompts": prompts,
+    }
+
+
+def write_manifest(folder: Path, fresh: dict[str, Any]) -> None:
+    """Write the manifest, or check that the one there describes the same collection.
+
+    Raises:
+        ConfigError: another model, template, cap or sampling was used so far.
+    """
+    path = folder / MANIFEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        old = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot use {folder}: {error}", hint="choose another --out") from error
+    for name in ("format", "model", "chat_template", "max_new_tokens", "sampling"):
+        if old and old.get(name) != fresh[name]:
+            raise ConfigError(
+                f"{folder} was collected with {name} {old.get(name)}, not {fresh[name]}",
+                hint="repeat the old options, or choose another --out",
+            )
+    path.write_text(json.dumps(old | fresh, indent=2))
+
+
+def plan(prompts: Sequence[Prompt], samples: int, folder: Path) -> list[Job]:
+    """Jobs not yet on disk; every prompt is sampled once before any is sampled twice."""
+    done = set(collected_rids(folder))
+    jobs = ((f"{prompt.key}#{i}", prompt) for i in range(samples) for prompt in prompts)
+    return [job for job in jobs if job[0] not in done]
+
+
+async def drive(
+    jobs: Sequence[Job], generate: Generate, concurrency: int, minutes: float | None = None
+) -> Progress:
+    """Answer ``jobs``, ``concurrency`` at a time, until done, out of time or interrupted."""
+    progress = Progress(len(jobs), started=time.monotonic())
+    deadline = time.monotonic() + minutes * 60 if minutes else float("inf")
+    queue = iter(jobs)
+
+    def stop() -> None:
+        print("stopping: waiting for running requests to end", flush=True)
+        progress.stopping = True
+
+    async def work() -> None:
+        for job in queue:
+            if progress.stopping or time.monotonic() > deadline:
+                return
+            progress.add(await generate(job))
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(jobs))):
+                group.create_task(work())
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+    return progress
+
+
+def start_engine(args: argparse.Namespace) -> Any:
+    """Boot SGLang with STAR recording to ``args.out``."""
+    import sglang
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_star.launch import enable
+
+    server_args = ServerArgs(
+        model_path=str(args.model),
+        log_level="error",
+        max_running_requests=args.concurrency,
+        sleep_on_idle=True,
+    )
+    enable(server_args, StarConfig(collect=str(args.out), predictor=PREDICTOR_OFF))
+    return sglang.Engine(server_args=server_args)
+
+
+def generator(engine: Any, args: argparse.Namespace) -> Generate:
+    """Bind the engine, its tokenizer and the sampling options into one coroutine."""
+    tokenizer = engine.tokenizer_manager.tokenizer
+    given = {"temperature": args.temperature, "top_p": args.top_p}
+    sampling = {k: v for k, v in given.items() if v is not None}
+    sampling["max_new_tokens"] = args.max_new_tokens
+    longest = engine.tokenizer_manager.context_len - args.max_new_tokens - 1
+
+    async def generate(job: Job) -> int:
+        rid, prompt = job
+        if args.no_chat_template:
+            ids = tokenizer.encode(prompt.text)
+        else:
+            turns = [{"role": "user", "content": prompt.text}]
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        if len(ids) > longest:
+            print(f"skipped {rid}: {len(ids)} prompt tokens are too many", flush=True)
+            return 0
+        result = await engine.async_generate(input_ids=ids, sampling_params=sampling, rid=rid)
+        return int(result["meta_info"]["completion_tokens"])
+
+    return generate

@@ -1,0 +1,78 @@
+"""The host half of the predictor: one step's projections in, an estimate on every request out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sglang_star.predictor import state
+from sglang_star.predictor.hazard import Array
+from sglang_star.predictor.head import Head
+from sglang_star.predictor.state import Fusion
+
+
+class Estimator:
+    """Sets ``req._star_estimate``: remaining tokens at ``protocol.QUANTILE_LEVELS``.
+
+    Attributes:
+        fallbacks: estimates that came from the by-age table, because what the head was given or
+            gave was not finite.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self.fallbacks = 0
+
+    def step(self, rows: Array, reqs: Sequence[Any], visible: Sequence[int | None]) -> None:
+        """Estimate every request that gained a token.
+
+        Args:
+            rows: ``[n, m]`` float32 projections, row i belongs to ``reqs[i]``.
+            reqs: SGLang requests of the batch.
+            visible: output tokens of each request after this step; None if it gained none.
+        """
+        chosen = [i for i, tokens in enumerate(visible) if tokens is not None]
+        if not chosen:
+            return
+        grown = [reqs[i] for i in chosen]
+        now = rows[chosen]
+        counts = np.array(
+            [
+                (visible[i], len(req.origin_input_ids), req.sampling_params.max_new_tokens)
+                for i, req in zip(chosen, grown, strict=True)
+            ],
+            np.float64,
+        )
+        estimates = self._estimate(now, grown, counts)
+        room = np.maximum(counts[:, 2] - counts[:, 0], 0.0)
+        # Ascending by construction; the limit keeps the order.
+        for req, values in zip(grown, np.clip(estimates, 0.0, room[:, None]).tolist(), strict=True):
+            setattr(req, state.ESTIMATE, tuple(values))
+
+    def _estimate(self, now: Array, reqs: Sequence[Any], counts: Array) -> Array:
+        sound: Array = np.isfinite(now).all(axis=1)
+        if not sound.all():
+            now = np.where(sound[:, None], now, np.float32(0.0))
+        mean, first = now.copy(), now.copy()
+        for i in np.flatnonzero(sound):
+            fusion = fuse(reqs[i], now[i])
+            mean[i], first[i] = fusion.mean, fusion.first
+        estimates = self._head.quantiles(self._head.logits(now, mean, first, counts))
+        lost: Array = ~(sound & np.isfinite(estimates).all(axis=1))
+        if lost.any():
+            self.fallbacks += int(lost.sum())
+            estimates[lost] = self._head.by_age(counts[lost, 0])
+        return estimates
+
+
+def fuse(req: Any, row: Array) -> Fusion:
+    """Add one finite projection to the request's memory and return it."""
+    fusion: Fusion | None = getattr(req, state.ATTRIBUTE, None)
+    # A guest may bring the memory of another head: start again rather than mix the two.
+    if fusion is None or fusion.first.shape != row.shape:
+        fusion = Fusion(row)
+        setattr(req, state.ATTRIBUTE, fusion)
+    fusion.add(row)
+    return fusion
