@@ -1,0 +1,249 @@
+"""The router put together: one aiohttp application around one fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from prometheus_client.core import Metric
+
+from sglang_star.errors import PeerError
+from sglang_star_router import dashboard
+from sglang_star_router.calls import GENERATION_PATHS
+from sglang_star_router.cluster import Cluster, Instance
+from sglang_star_router.config import RouterConfig
+from sglang_star_router.dispatch import Dispatcher
+from sglang_star_router.engine import EngineClient
+from sglang_star_router.health import Health
+from sglang_star_router.ledger import Ledger
+from sglang_star_router.metrics import Metrics
+from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
+from sglang_star_router.policy.registry import make_dispatch, make_rescheduler
+from sglang_star_router.proxy import Proxy, request_block
+from sglang_star_router.replies import Rejected, json_reply, rejection
+from sglang_star_router.rescheduler import Mover, Rescheduler
+from sglang_star_router.snapshot import Snapshots
+from sglang_star_router.star_api import StarApi
+from sglang_star_router.telemetry import StatusFeed
+from sglang_star_router.upstream import Pool
+from sglang_star_router.views import fleet_metrics
+
+EVERY_INSTANCE: Final = ("/flush_cache", "/abort_request", "/start_profile", "/stop_profile")
+"""SGLang endpoints that make sense only for the whole fleet."""
+ANY_INSTANCE: Final = (
+    "/v1/{rest:.*}",
+    "/get_model_info",
+    "/model_info",
+    "/tokenize",
+    "/detokenize",
+    "/encode",
+    "/classify",
+    "/parse_function_call",
+    "/separate_reasoning",
+)
+"""Paths any instance answers alike. What changes an instance goes to that instance directly."""
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/metrics", "/dashboard"})
+"""Served without the API key, as SGLang does for health and metrics; they show no prompts."""
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+NOBODY: Final = Rejected(
+    "no healthy instance", status=503, kind="service_unavailable", retry_after_s=1
+)
+
+
+class Router:
+    """All parts of one router, wired; :meth:`application` serves it.
+
+    Args:
+        rescheduler_policy, dispatch_policy: replace what the configuration names.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        dispatch_policy: DispatchPolicy | None = None,
+        rescheduler_policy: ReschedulePolicy | None = None,
+    ) -> None:
+        oracle = config.rescheduler == "oracle"
+        self.config = config
+        self.cluster = Cluster(config.members)
+        self.metrics = Metrics()
+        self.pool = Pool()
+        self.engine = EngineClient(self.pool, config.api_key, config.health_check_timeout)
+        self.ledger = Ledger(
+            self.cluster,
+            cooldown_s=config.move_cooldown,
+            report_timeout_s=config.move_report_timeout,
+        )
+        self.cluster.on_move_report = self.ledger.report
+        self.health = Health(config, self.cluster, self.engine, lambda one: self.feed.follow(one))
+        self.feed = StatusFeed(self.cluster, self.health.doubt)
+        snapshots = Snapshots(
+            self.cluster,
+            self.cluster.decoding(),
+            stale_s=config.status_stale,
+            true_lengths=oracle,
+            moves=self.ledger.moves_of,
+            busy=self.ledger.busy,
+        )
+        prefills = self.cluster.of_role("prefill")
+        self.dispatcher = Dispatcher(
+            self.cluster,
+            dispatch_policy or make_dispatch(config.policy, **config.dispatch_params),
+            snapshots,
+            prefill_policy=make_dispatch(config.prefill_policy) if prefills else None,
+            prefill_snapshots=(
+                Snapshots(self.cluster, prefills, stale_s=config.status_stale) if prefills else None
+            ),
+            queue_size=config.queue_size,
+            queue_timeout_s=config.queue_timeout,
+            true_lengths=oracle,
+        )
+        self.proxy = Proxy(config, self.pool, self.dispatcher, self.health, self.metrics)
+        self.mover = Mover(self.cluster, self.engine, self.ledger)
+        self.rescheduler: Rescheduler | None = None
+        if rescheduler_policy is None and config.rescheduler != "off":
+            rescheduler_policy = make_rescheduler(config.rescheduler, **config.rescheduler_params)
+        if rescheduler_policy is not None:
+            self.rescheduler = Rescheduler(
+                rescheduler_policy,
+                snapshots,
+                self.mover,
+                self.ledger,
+                self.metrics,
+                interval_s=config.rescheduler_interval,
+                max_moves=config.max_moves,
+                max_moves_per_second=config.max_moves_per_second,
+            )
+        self._turn = 0
+        self.metrics.add_source(self._collect)
+
+    def application(self) -> web.Application:
+        """Return the aiohttp application."""
+        middlewares = [self._authorize] if self.config.api_key else []
+        app = web.Application(
+            client_max_size=self.config.max_payload_bytes, middlewares=middlewares
+        )
+        for path in sorted(GENERATION_PATHS):
+            app.router.add_post(path, self.proxy.generate)
+        app.router.add_put("/generate", self.proxy.generate)
+        for path in EVERY_INSTANCE:
+            app.router.add_route("*", path, self._every_instance)
+        api = StarApi(
+            self.cluster, self.ledger, self.mover, self.engine, self.dispatcher, self.feed
+        )
+        app.add_routes(api.routes())
+        app.add_routes(
+            [
+                web.get("/health", self._is_healthy),
+                web.get("/ready", self._is_healthy),
+                web.get("/metrics", self._show_metrics),
+                web.get("/dashboard", dashboard.page),
+                web.get("/server_info", self._server_info),
+                web.get("/get_server_info", self._server_info),
+            ]
+        )
+        for path in ANY_INSTANCE:
+            app.router.add_route("*", path, self._any_instance)
+        app.cleanup_ctx.append(self._running)
+        return app
+
+    async def _running(self, app: web.Application) -> AsyncIterator[None]:
+        """Run the background work while the application serves."""
+        self.health.start()
+        loop = asyncio.create_task(self.rescheduler.run()) if self.rescheduler else None
+        yield
+        if loop is not None and self.rescheduler is not None:
+            loop.cancel()
+            await asyncio.gather(loop, return_exceptions=True)
+            await self.rescheduler.close()
+        await self.health.close()
+        await self.feed.close()
+        self.pool.close()
+
+    # ------------------------------------------------------------------ handlers
+
+    @web.middleware
+    async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "")
+        if request.path not in OPEN_PATHS and not hmac.compare_digest(
+            given.encode(), f"Bearer {self.config.api_key}".encode()
+        ):
+            message = "missing or wrong API key: send Authorization: Bearer KEY"
+            return rejection(Rejected(message, status=401, kind="authentication_error"))
+        return await handler(request)
+
+    async def _is_healthy(self, request: web.Request) -> web.Response:
+        """200 while every role has a healthy instance."""
+        roles = {one.role for one in self.cluster}
+        missing = sorted(roles - {one.role for one in self.cluster if one.healthy})
+        if not missing:
+            return web.Response()
+        trouble = {one.name: one.trouble for one in self.cluster if not one.healthy}
+        return json_reply({"missing": missing, "trouble": trouble}, 503)
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.text(), headers={"Content-Type": METRICS_TYPE})
+
+    async def _any_instance(self, request: web.Request) -> web.StreamResponse:
+        """Pass on what any instance can answer, to each healthy one in turn."""
+        healthy = [one for one in self.cluster.decoding() if one.healthy]
+        if not healthy:
+            return rejection(NOBODY)
+        self._turn += 1
+        return await self.proxy.forward(request, healthy[self._turn % len(healthy)])
+
+    async def _every_instance(self, request: web.Request) -> web.Response:
+        """Send to every healthy instance; the answer is the worst of theirs."""
+        body = await request.read()
+        members = [one for one in self.cluster if one.healthy]
+        if not members:
+            return rejection(NOBODY)
+        answers = await asyncio.gather(
+            *(self._ask(request, one, body) for one in members), return_exceptions=True
+        )
+        report: dict[str, Any] = {}
+        worst = 200
+        for instance, answer in zip(members, answers, strict=True):
+            if isinstance(answer, BaseException):
+                answer = (502, str(answer))
+            worst = max(worst, answer[0])
+            report[instance.name] = {"status": answer[0], "answer": answer[1]}
+        return json_reply({"instances": report}, worst)
+
+    async def _ask(self, request: web.Request, instance: Instance, body: bytes) -> tuple[int, str]:
+        block = request_block(request, body, instance)
+        connection = await self.pool.send(instance.endpoint, block)
+        try:
+            async with asyncio.timeout(self.config.request_timeout):
+                head = await connection.opened
+                return head.status, (await connection.collect()).decode(errors="replace")
+        finally:
+            connection.abort()
+
+    async def _server_info(self, request: web.Request) -> web.StreamResponse:
+        """One instance's when aggregated; in PD all of them, under ``prefill`` and ``decode``."""
+        if not self.config.disaggregated:
+            return await self._any_instance(request)
+        infos: dict[str, list[Any]] = {"prefill": [], "decode": []}
+        for instance in self.cluster:
+            if not instance.healthy:
+                continue
+            try:
+                status, info = await self.engine.json(instance, "GET", "/server_info")
+            except PeerError:
+                continue
+            if status == 200:
+                infos[instance.role].append(info)
+        if not all(infos.values()):
+            return rejection(NOBODY)
+        return json_reply(infos)
+
+    def _collect(self) -> Iterable[Metric]:
+        return fleet_metrics(
+            self.cluster, self.ledger, self.dispatcher, self.feed, self.rescheduler
+        )

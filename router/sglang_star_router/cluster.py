@@ -1,0 +1,289 @@
+"""The fleet as the router knows it: every instance, its latest status, what was sent to it since.
+
+A status counts only if it comes from the incarnation the instance advertised and is newer than the
+one before. One from another incarnation means a restart: the instance is described afresh before
+anything it says is believed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from sglang_star.errors import ConfigError
+from sglang_star.protocol import QUANTILE_LEVELS, Advertisement, InstanceStatus, MoveReport
+from sglang_star_router.config import Endpoint, Member
+from sglang_star_router.policy.snapshot import FloatArray
+from sglang_star_router.table import RequestTable
+
+logger = logging.getLogger(__name__)
+
+SEND_GRACE_S = 2.0
+"""A dispatched batch, whose rids the router does not know, counts as unseen for so long."""
+
+
+class Verdict(Enum):
+    """What became of a status that arrived."""
+
+    TAKEN = "taken"
+    STALE = "stale"
+    OTHER_INCARNATION = "other_incarnation"
+    OTHER_INSTANCE = "other_instance"
+
+
+@dataclass(slots=True, eq=False)
+class Dispatch:
+    """A request this router has sent to an instance and that has not ended.
+
+    Attributes:
+        rid: empty for batches, whose rids the engine makes up.
+        prompt_tokens: estimate; sent_s: monotonic seconds.
+        seen: the instance's status has shown it, so it no longer needs counting twice.
+    """
+
+    rid: str
+    prompt_tokens: int
+    max_new_tokens: int
+    sent_s: float
+    seen: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One instance and everything known of it.
+
+    Attributes:
+        name: what policies and operators call it: its advertised id, or its URL.
+        healthy: passes health checks; trouble: why it is excluded, empty when it is not.
+        advertisement: None until described, and always for plain SGLang.
+        status, status_at: latest status and when it came, monotonic seconds.
+        table: the requests of ``status`` as arrays.
+        held_back: an operator asked the router to send nothing new here.
+        context_limit: longest prompt it takes, tokens; 0 if unknown.
+        dispatches: requests sent here that have not ended.
+    """
+
+    endpoint: Endpoint
+    role: str
+    bootstrap_port: int | None
+    name: str
+    healthy: bool = False
+    trouble: str = "not contacted yet"
+    advertisement: Advertisement | None = None
+    described: bool = False
+    context_limit: int = 0
+    kv_capacity: int = 0
+    status: InstanceStatus | None = None
+    status_at: float = 0.0
+    table: RequestTable = field(default_factory=RequestTable.empty)
+    held_back: bool = False
+    failures: int = 0
+    successes: int = 0
+    restarts: int = 0
+    dispatches: set[Dispatch] = field(default_factory=set)
+    by_rid: dict[str, Dispatch] = field(default_factory=dict)
+
+    @property
+    def draining(self) -> bool:
+        """No new work is wanted, by the engine's own word or by an operator's."""
+        return self.held_back or (self.status is not None and self.status.draining)
+
+    def unseen(self) -> list[Dispatch]:
+        """Requests sent here that its status does not show yet, in no particular order."""
+        if self.advertisement is None:
+            return list(self.dispatches)
+        return [sent for sent in self.dispatches if not sent.seen]
+
+    def age_s(self, now: float) -> float:
+        """Age of the status; infinite if there is none."""
+        return now - self.status_at if self.status is not None else float("inf")
+
+
+class Cluster:
+    """All instances, the lengths of what finished, and when each request last moved.
+
+    Attributes:
+        version: grows whenever a snapshot taken before would differ.
+        finished_lengths: output tokens of recently finished requests.
+    """
+
+    def __init__(self, members: tuple[Member, ...]) -> None:
+        self.instances: dict[str, Instance] = {}
+        for member in members:
+            url = member.endpoint.url
+            self.instances[url] = Instance(
+                member.endpoint, member.role, member.bootstrap_port, name=url
+            )
+        self.version = 0
+        self.finished_lengths: deque[int] = deque(maxlen=512)
+        self.on_move_report: Callable[[Instance, MoveReport], None] = _ignore_report
+        self._settled_s: dict[str, float] = {}
+        self._bytes_per_token = 4.0
+        self._prompt_bytes: dict[str, int] = {}
+        self._changed: set[Callable[[], None]] = set()
+
+    def __iter__(self) -> Iterator[Instance]:
+        return iter(self.instances.values())
+
+    def of_role(self, *roles: str) -> list[Instance]:
+        """Instances with one of ``roles``, in the order of the command line."""
+        return [instance for instance in self if instance.role in roles]
+
+    def decoding(self) -> list[Instance]:
+        """Instances that decode."""
+        return self.of_role("decode", "aggregated")
+
+    def find(self, name: str) -> Instance | None:
+        """Look an instance up by its name or its URL."""
+        by_url = self.instances.get(name.rstrip("/"))
+        return by_url or next((one for one in self if one.name == name), None)
+
+    def holder(self, rid: str) -> Instance | None:
+        """The instance whose KV pool holds ``rid`` now, by its status or our own dispatch."""
+        decoding = self.decoding()
+        for instance in decoding:
+            if instance.table.row(rid) is not None:
+                return instance
+        return next((one for one in decoding if rid in one.by_rid), None)
+
+    # ------------------------------------------------------------------ what instances tell
+
+    def describe(self, instance: Instance, advertisement: Advertisement | None) -> None:
+        """Take in what ``/server_info`` says of STAR.
+
+        Raises:
+            ConfigError: its id is another instance's.
+        """
+        if advertisement is not None:
+            namesake = self.find(advertisement.instance_id)
+            if namesake is not None and namesake is not instance:
+                raise ConfigError(
+                    f"{instance.endpoint.url} and {namesake.endpoint.url} both call themselves "
+                    f"{advertisement.instance_id!r}",
+                    hint="give each its own --star-instance-id",
+                )
+            instance.name = advertisement.instance_id
+            before = instance.advertisement
+            if before is not None and before.incarnation != advertisement.incarnation:
+                instance.restarts += 1
+                logger.info("%s restarted", instance.name)
+            if before is None or before.incarnation != advertisement.incarnation:
+                self._forget_status(instance)
+        instance.advertisement = advertisement
+        instance.described = True
+        self.changed()
+
+    def apply(self, instance: Instance, status: InstanceStatus) -> Verdict:
+        """Take in a status, unless it is a duplicate, late, or from a ghost."""
+        known = instance.advertisement
+        if known is None or status.instance_id != known.instance_id:
+            return Verdict.OTHER_INSTANCE
+        if status.incarnation != known.incarnation:
+            return Verdict.OTHER_INCARNATION
+        if instance.status is not None and status.sequence <= instance.status.sequence:
+            return Verdict.STALE
+        now = time.monotonic()
+        before = instance.table
+        instance.status, instance.status_at = status, now
+        instance.table = RequestTable.of(status.requests, self._settled_s, now)
+        self._reconcile(instance, before, now)
+        for report in status.recent_moves:
+            self.on_move_report(instance, report)
+        self.changed()
+        return Verdict.TAKEN
+
+    def moved(self, rid: str) -> None:
+        """Note that a move of ``rid`` has just ended."""
+        now = time.monotonic()
+        self._settled_s[rid] = now
+        for instance in self.decoding():
+            row = instance.table.row(rid)
+            if row is not None:
+                instance.table.settled_s[row] = now
+
+    def _reconcile(self, instance: Instance, before: RequestTable, now: float) -> None:
+        """Match the new status with what was dispatched, and learn from what has finished."""
+        table = instance.table
+        for sent in instance.dispatches:
+            if not sent.seen:
+                row = table.row(sent.rid) if sent.rid else None
+                if row is not None:
+                    sent.seen = True
+                    self._learn_prompt_length(sent.rid, int(table.prompt_tokens[row]))
+                elif not sent.rid:
+                    sent.seen = now - sent.sent_s > SEND_GRACE_S
+        for rid in before.rids:
+            if table.row(rid) is None and self.holder_in_status(rid) is None:
+                row = before.row(rid)
+                assert row is not None
+                self.finished_lengths.append(int(before.output_tokens[row]))
+                self._settled_s.pop(rid, None)
+
+    def holder_in_status(self, rid: str) -> Instance | None:
+        """The instance whose latest status shows ``rid``."""
+        return next((one for one in self.decoding() if one.table.row(rid) is not None), None)
+
+    def _forget_status(self, instance: Instance) -> None:
+        for rid in instance.table.rids:
+            self._settled_s.pop(rid, None)
+        instance.status = None
+        instance.table = RequestTable.empty()
+
+    # ------------------------------------------------------------------ what the router knows
+
+    def sent(
+        self, instance: Instance, rid: str, prompt_tokens: int, prompt_bytes: int, max_new: int
+    ) -> Dispatch:
+        """Record a request sent to ``instance``."""
+        dispatch = Dispatch(rid, prompt_tokens, max_new, time.monotonic())
+        instance.dispatches.add(dispatch)
+        if rid:
+            instance.by_rid[rid] = dispatch
+            self._prompt_bytes[rid] = prompt_bytes
+        return dispatch
+
+    def ended(self, instance: Instance, dispatch: Dispatch) -> None:
+        """Forget a request that has ended, however it ended."""
+        instance.dispatches.discard(dispatch)
+        if instance.by_rid.get(dispatch.rid) is dispatch:
+            del instance.by_rid[dispatch.rid]
+        self._prompt_bytes.pop(dispatch.rid, None)
+        self.changed()
+
+    def tokens_of(self, prompt_bytes: int) -> int:
+        """Estimate the tokens of a prompt from its size; the ratio is learnt from statuses."""
+        return max(1, round(prompt_bytes / self._bytes_per_token))
+
+    def _learn_prompt_length(self, rid: str, tokens: int) -> None:
+        size = self._prompt_bytes.pop(rid, 0)
+        if size and tokens:
+            self._bytes_per_token += 0.05 * (size / tokens - self._bytes_per_token)
+
+    def prior_output(self) -> FloatArray:
+        """Output length of recently finished requests at the protocol's quantile levels."""
+        if not self.finished_lengths:
+            return np.full(len(QUANTILE_LEVELS), np.nan)
+        levels: FloatArray = np.quantile(np.array(self.finished_lengths), QUANTILE_LEVELS)
+        return levels
+
+    # ------------------------------------------------------------------ change
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever an instance may have got room."""
+        self._changed.add(callback)
+
+    def changed(self) -> None:
+        """Note a change that may matter to a decision."""
+        self.version += 1
+        for callback in self._changed:
+            callback()
+
+
+def _ignore_report(instance: Instance, report: MoveReport) -> None:
+    """Stand in for the ledger where nothing is rescheduled."""

@@ -1,0 +1,67 @@
+"""The router's own calls to an instance: health, description, orders."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+
+from sglang_star.errors import PeerError
+from sglang_star_router.cluster import Instance
+from sglang_star_router.upstream import Connection, Pool
+
+
+class EngineClient:
+    """Small JSON requests on the shared connection pool."""
+
+    def __init__(self, pool: Pool, api_key: str | None, timeout_s: float) -> None:
+        self._pool = pool
+        self._authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._timeout_s = timeout_s
+
+    async def call(
+        self,
+        instance: Instance,
+        method: str,
+        path: str,
+        payload: object = None,
+        timeout_s: float | None = None,
+    ) -> tuple[int, bytes]:
+        """Return status and body.
+
+        Raises:
+            PeerError: no answer, or not in time.
+        """
+        body = b"" if payload is None else orjson.dumps(payload)
+        block = (
+            f"{method} {path} HTTP/1.1\r\n"
+            f"Host: {instance.endpoint.url.partition('://')[2]}\r\n"
+            f"Accept: application/json\r\n{self._authorization}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        ).encode() + body
+        connection: Connection | None = None
+        try:
+            async with asyncio.timeout(timeout_s or self._timeout_s):
+                connection = await self._pool.send(instance.endpoint, block)
+                head = await connection.opened
+                return head.status, await connection.collect()
+        except TimeoutError:
+            raise PeerError(f"{method} {path} at {instance.name}: no answer in time") from None
+        finally:
+            if connection is not None:
+                connection.abort()
+
+    async def json(
+        self, instance: Instance, method: str, path: str, payload: object = None
+    ) -> tuple[int, Any]:
+        """Return status and parsed body; None for a body that is not JSON.
+
+        Raises:
+            PeerError: no answer, or not in time.
+        """
+        status, body = await self.call(instance, method, path, payload)
+        try:
+            return status, orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return status, None

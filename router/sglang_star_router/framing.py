@@ -1,0 +1,156 @@
+"""HTTP/1.1 response framing: where a head ends, where a body ends, without touching its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+HOP_BY_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"upgrade",
+    }
+)
+"""Headers that belong to one connection; ``transfer-encoding`` is passed on with the framing."""
+
+MAX_LINE: Final = 16 * 1024
+
+
+class FramingError(Exception):
+    """The peer does not speak HTTP/1.1 as we understand it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """Status line and headers of a response.
+
+    Attributes:
+        status: HTTP status.
+        lines: status line and end-to-end headers as received, each without CRLF.
+        content_type: lower case, empty if absent.
+        length: ``Content-Length``; None if the body is chunked or runs until the connection ends.
+        chunked, reusable: framing, and whether the connection survives the response.
+    """
+
+    status: int
+    lines: tuple[bytes, ...]
+    content_type: bytes
+    length: int | None
+    chunked: bool
+    reusable: bool
+
+    @classmethod
+    def parse(cls, block: bytes, *, bodiless: bool) -> ResponseHead:
+        """Read the block before the blank line.
+
+        Args:
+            bodiless: the request was a HEAD.
+
+        Raises:
+            FramingError: not a response head.
+        """
+        status_line, *headers = block.split(b"\r\n")
+        if not status_line.startswith(b"HTTP/1.") or not status_line[9:12].isdigit():
+            raise FramingError(f"not an HTTP/1 status line: {status_line[:80]!r}")
+        status = int(status_line[9:12])
+        reusable = status_line.startswith(b"HTTP/1.1")
+        kept, content_type = [status_line], b""
+        length: int | None = None
+        chunked = False
+        for line in headers:
+            name, colon, value = line.partition(b":")
+            if not colon:
+                raise FramingError(f"not a header: {line[:80]!r}")
+            name = name.lower()
+            if name == b"connection":
+                reusable = reusable and b"close" not in value.lower()
+            if name in HOP_BY_HOP:
+                continue
+            if name == b"content-type":
+                content_type = value.strip().lower()
+            elif name == b"transfer-encoding":
+                chunked = value.strip().lower() == b"chunked"
+                if not chunked:
+                    raise FramingError(f"unknown transfer coding {value[:80]!r}")
+            elif name == b"content-length":
+                if not value.strip().isdigit():
+                    raise FramingError(f"bad content length {value[:80]!r}")
+                length = int(value)
+            kept.append(line)
+        if bodiless or status in (204, 304) or status < 200:
+            length, chunked = 0, False
+        elif chunked:
+            length = None
+        return cls(
+            status, tuple(kept), content_type, length, chunked,
+            reusable and (chunked or length is not None),
+        )  # fmt: skip
+
+
+class ChunkScanner:
+    """Follows chunked framing and says where the body ends.
+
+    Attributes:
+        at_boundary: every chunk seen so far is complete, so that one more may be appended.
+        done: the last chunk and its trailers have been seen.
+    """
+
+    __slots__ = ("_line", "_skip", "_trailers", "at_boundary", "done")
+
+    def __init__(self) -> None:
+        self._skip = 0
+        self._line = b""
+        self._trailers = False
+        self.at_boundary = True
+        self.done = False
+
+    def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
+        """Advance over ``data`` and return how many of its bytes belong to this body.
+
+        Args:
+            payload: receives the chunk contents when the caller wants them unframed.
+
+        Raises:
+            FramingError: not chunked framing.
+        """
+        position, size = 0, len(data)
+        while position < size:
+            if self._skip:
+                step = min(self._skip, size - position)
+                if payload is not None:
+                    content = min(step, max(0, self._skip - 2))
+                    if content:
+                        payload.append(data[position : position + content])
+                self._skip -= step
+                position += step
+                continue
+            end = data.find(b"\n", position)
+            if end < 0:
+                self._line += data[position:]
+                if len(self._line) > MAX_LINE:
+                    raise FramingError("endless chunk header")
+                self.at_boundary = False
+                return size
+            line = (self._line + data[position : end + 1]).rstrip(b"\r\n")
+            self._line = b""
+            position = end + 1
+            if self._trailers:
+                if not line:
+                    self.done = True
+                    return position
+                continue
+            try:
+                length = int(line.split(b";", 1)[0], 16)
+            except ValueError:
+                raise FramingError(f"not a chunk size: {line[:80]!r}") from None
+            if length < 0:
+                raise FramingError(f"negative chunk size {length}")
+            self._skip = length + 2 if length else 0
+            self._trailers = not length
+        self.at_boundary = self._skip == 0 and not self._trailers
+        return size

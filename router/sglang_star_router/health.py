@@ -1,0 +1,182 @@
+"""Keeps every instance's health and description current.
+
+An instance serves once it answers ``/health`` and, where requests are to be moved, once it has
+described itself as a STAR instance of our protocol version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from sglang_star.errors import ConfigError, PeerError, StarError, VersionMismatch
+from sglang_star.protocol import PROTOCOL_VERSION, Advertisement
+from sglang_star_router.cluster import Cluster, Instance
+from sglang_star_router.config import RouterConfig
+from sglang_star_router.engine import EngineClient
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BOOTSTRAP_PORT = 8998
+
+
+class Health:
+    """Checks instances periodically, and at once when something suspicious happens.
+
+    Args:
+        described: called after an instance's description has changed.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        cluster: Cluster,
+        engine: EngineClient,
+        described: Callable[[Instance], None],
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._engine = engine
+        self._described = described
+        self._wake: dict[str, asyncio.Event] = {url: asyncio.Event() for url in cluster.instances}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to check."""
+        self._tasks = [
+            asyncio.create_task(self._watch(one), name=f"health {one.endpoint.url}")
+            for one in self._cluster
+        ]
+
+    async def close(self) -> None:
+        """Stop checking."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def suspect(self, instance: Instance, reason: str) -> None:
+        """Exclude an instance whose connection failed, and check it without waiting."""
+        if instance.healthy:
+            self._exclude(instance, reason)
+        instance.successes = 0
+        self._wake[instance.endpoint.url].set()
+
+    def doubt(self, instance: Instance) -> None:
+        """Describe an instance again: it speaks as if it were another one or had restarted."""
+        instance.described = False
+        self._wake[instance.endpoint.url].set()
+
+    async def check(self, instance: Instance) -> None:
+        """Check one instance once; never raises for what an instance does."""
+        try:
+            status, _ = await self._engine.call(
+                instance, "GET", "/health", timeout_s=self._config.health_check_timeout
+            )
+            if status != 200:
+                raise PeerError(f"/health answered {status}")
+            if not instance.described or self._silent(instance):
+                await self._describe(instance)
+        except StarError as error:
+            instance.successes = 0
+            instance.failures += 1
+            # A refused instance, unlike a slow one, will not do better at the next check.
+            hopeless = isinstance(error, ConfigError | VersionMismatch)
+            if hopeless or instance.failures >= self._config.health_failure_threshold:
+                self._exclude(instance, str(error))
+            return
+        instance.failures = 0
+        instance.successes += 1
+        if not instance.healthy and instance.successes >= self._config.health_success_threshold:
+            instance.healthy, instance.trouble = True, ""
+            logger.info("%s is healthy", instance.name)
+            self._cluster.changed()
+
+    # ------------------------------------------------------------------ inside
+
+    async def _watch(self, instance: Instance) -> None:
+        wake = self._wake[instance.endpoint.url]
+        while True:
+            wake.clear()
+            await self.check(instance)
+            # What is down is looked at more often, so that it comes back soon.
+            interval = self._config.health_check_interval
+            try:
+                async with asyncio.timeout(interval if instance.healthy else min(interval, 1.0)):
+                    await wake.wait()
+                # A status from a new incarnation wakes us for every message: keep a pace.
+                await asyncio.sleep(0.05)
+            except TimeoutError:
+                pass
+
+    def _silent(self, instance: Instance) -> bool:
+        """Whether a STAR instance publishes nothing: it may have restarted on other ports."""
+        stale = instance.age_s(time.monotonic()) > self._config.status_stale
+        return instance.advertisement is not None and stale
+
+    def _exclude(self, instance: Instance, reason: str) -> None:
+        if instance.healthy or instance.trouble != reason:
+            logger.warning("%s is excluded: %s", instance.name, reason)
+        instance.healthy, instance.trouble = False, reason
+        self._cluster.changed()
+
+    async def _describe(self, instance: Instance) -> None:
+        """Read ``/server_info``.
+
+        Raises:
+            PeerError, ConfigError, VersionMismatch: why the instance cannot serve in this fleet.
+        """
+        status, info = await self._engine.json(instance, "GET", "/server_info")
+        if status != 200 or not isinstance(info, dict):
+            raise PeerError(f"/server_info answered {status}", hint="is this an SGLang server?")
+        advertisement = self._advertisement(info)
+        if advertisement is not None and advertisement.role != instance.role:
+            raise ConfigError(
+                f"{instance.endpoint.url} is a {advertisement.role} instance",
+                hint=f"it was listed as {instance.role}: correct the router's flags",
+            )
+        instance.context_limit = _number(info.get("max_req_input_len")) or _number(
+            info.get("context_length")
+        )
+        instance.kv_capacity = _number(info.get("max_total_num_tokens"))
+        if instance.role == "prefill" and instance.bootstrap_port is None:
+            instance.bootstrap_port = (
+                _number(info.get("disaggregation_bootstrap_port")) or DEFAULT_BOOTSTRAP_PORT
+            )
+        self._cluster.describe(instance, advertisement)
+        self._described(instance)
+
+    def _advertisement(self, info: dict[str, Any]) -> Advertisement | None:
+        """Return what the instance says of STAR, None for plain SGLang if that is acceptable."""
+        rescheduling = self._config.rescheduler != "off"
+        raw = info.get("star")
+        if raw is None:
+            if rescheduling:
+                raise ConfigError(
+                    "this instance does not advertise STAR, so its requests cannot be moved",
+                    hint="start it with --star, or run the router with --rescheduler off",
+                )
+            return None
+        version = raw.get("protocol_version") if isinstance(raw, dict) else None
+        if version != PROTOCOL_VERSION:
+            if rescheduling:
+                raise VersionMismatch(
+                    f"this instance speaks STAR protocol {version}, the router {PROTOCOL_VERSION}",
+                    hint="run the same sglang-star release on every instance and router",
+                )
+            return None
+        try:
+            return msgspec.convert(raw, Advertisement)
+        except msgspec.ValidationError as error:
+            raise VersionMismatch(
+                f"this instance's STAR advertisement is malformed: {error}",
+                hint="run the same sglang-star release on every instance and router",
+            ) from error
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

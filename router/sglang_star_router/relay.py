@@ -1,0 +1,158 @@
+"""The last hop: an instance's answer onto the client's socket, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from sglang_star_router.framing import ResponseHead
+from sglang_star_router.replies import sse_error
+from sglang_star_router.upstream import Connection, UpstreamLost
+
+logger = logging.getLogger(__name__)
+
+HIGH_WATER: Final = 64 * 1024
+"""Unsent bytes at which the instance is not read further: aiohttp's own limit."""
+
+
+class Relayed(web.StreamResponse):
+    """Tells aiohttp that the answer has been written already.
+
+    Attributes:
+        lost: the instance failed after the stream had begun.
+    """
+
+    def __init__(self, status: int, keep_alive: bool) -> None:
+        super().__init__(status=status)
+        self.lost = False
+        self.stays = keep_alive
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the client's connection takes another request."""
+        return self.stays
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Do nothing: the head is out."""
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing: so is the end."""
+
+
+class _Client:
+    """Writes to the client and holds the instance back while the client does not keep up."""
+
+    __slots__ = ("_connection", "_draining", "_pending", "_request", "_transport", "last")
+
+    def __init__(
+        self,
+        request: web.Request,
+        transport: asyncio.Transport,
+        connection: Connection,
+        head: bytes,
+    ) -> None:
+        self._request = request
+        self._transport = transport
+        self._connection = connection
+        self._pending = head
+        self._draining: asyncio.Task[None] | None = None
+        self.last = b""
+
+    def __call__(self, data: bytes) -> None:
+        self.last = data
+        if self._pending:
+            data, self._pending = self._pending + data, b""
+        self._transport.write(data)
+        if self._transport.get_write_buffer_size() > HIGH_WATER and self._draining is None:
+            self._connection.pause()
+            self._draining = asyncio.ensure_future(self._drain())
+
+    def finish(self) -> None:
+        """Send the head if no body followed it."""
+        if self._pending:
+            self._transport.write(self._pending)
+            self._pending = b""
+
+    async def _drain(self) -> None:
+        try:
+            await self._request.writer.drain()
+        except ConnectionError:
+            return
+        finally:
+            self._draining = None
+        self._connection.resume()
+
+
+async def relay(
+    request: web.Request, connection: Connection, head: ResponseHead, deadline: float
+) -> Relayed:
+    """Pass a response through.
+
+    Args:
+        connection: its ``opened`` has resolved to ``head``.
+        deadline: loop time at which the instance is given up.
+
+    Raises:
+        ConnectionResetError: the client has gone.
+    """
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client closed the connection")
+    old_client = request.version < (1, 1)
+    keep_alive = request.keep_alive and not old_client
+    response = Relayed(head.status, keep_alive and (head.chunked or head.length is not None))
+    client = _Client(request, transport, connection, _head_bytes(head, old_client, response.stays))
+    connection.relay(client)
+    try:
+        async with asyncio.timeout_at(deadline):
+            await connection.finished
+        client.finish()
+        if not response.stays:
+            await request.writer.drain()
+    except UpstreamLost as error:
+        _end_badly(client, transport, connection, head, response, error.message)
+    except TimeoutError:
+        _end_badly(
+            client, transport, connection, head, response, "not finished within the time limit"
+        )
+    return response
+
+
+def _head_bytes(head: ResponseHead, old_client: bool, stays: bool) -> bytes:
+    lines = head.lines
+    if old_client and head.chunked:
+        lines = tuple(line for line in lines if not line.lower().startswith(b"transfer-encoding"))
+    if not stays:
+        lines = (*lines, b"Connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def _end_badly(
+    client: _Client,
+    transport: asyncio.Transport,
+    connection: Connection,
+    head: ResponseHead,
+    response: Relayed,
+    message: str,
+) -> None:
+    """End a stream that has begun: with an error event where one fits, else by hanging up."""
+    response.lost = True
+    response.stays = False
+    logger.warning("stream broken: %s", message)
+    scanner = connection.scanner
+    if (
+        head.content_type.startswith(b"text/event-stream")
+        and scanner is not None
+        and scanner.at_boundary
+    ):
+        gap = b"" if client.last.endswith(b"\n\n\r\n") else b"\n\n"
+        event = gap + sse_error(f"the instance failed: {message}", 502, "upstream_error")
+        transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event))
+        return
+    # A truncated body must look truncated: whatever we appended could pass for the answer.
+    transport.abort()

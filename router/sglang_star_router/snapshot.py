@@ -1,0 +1,153 @@
+"""From statuses to what a policy sees.
+
+The part that comes from statuses is kept until one changes, together with whatever the policy
+derived from it; the requests sent since are laid over it for every arrival, so that a burst does
+not land on one instance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import numpy as np
+
+from sglang_star_router.cluster import Cluster, Instance
+from sglang_star_router.policy.snapshot import FleetSnapshot, Instances, Placed, Requests
+
+MIN_AGE_S = 0.005
+"""A younger snapshot is used even if a status came in since: large fleets publish all the time."""
+MAX_AGE_S = 0.05
+"""An older one is rebuilt anyhow, for the ages in it and what has become stale."""
+
+
+class Snapshots:
+    """Snapshots of one group of instances, e.g. all that decode.
+
+    Args:
+        members: the group, in a fixed order.
+        stale_s: age at which a status is no longer acted upon, seconds.
+        true_lengths: fill ``true_remaining`` with ``max_new_tokens - output_tokens``, which is the
+            truth only for requests that ignore end-of-sequence, as in emulated runs.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        members: list[Instance],
+        *,
+        stale_s: float,
+        true_lengths: bool = False,
+        moves: Callable[[Instance], tuple[int, int]] = lambda _: (0, 0),
+        busy: Collection[str] = (),
+    ) -> None:
+        self._cluster = cluster
+        self._members = members
+        self._stale_s = stale_s
+        self._true_lengths = true_lengths
+        self._moves = moves
+        self._busy = busy
+        self._base: FleetSnapshot | None = None
+        self._base_version = -1
+
+    def decide_moves(self) -> FleetSnapshot:
+        """Snapshot for the rescheduler: only instances with a fresh status accept anything."""
+        return self._with_placed(self._build(time.monotonic(), fresh_only=True))
+
+    def for_arrival(self, excluded: Collection[str] = (), held: int = 0) -> FleetSnapshot:
+        """Snapshot for dispatch.
+
+        Args:
+            excluded: URLs that have failed this arrival already.
+            held: requests waiting at the router.
+        """
+        now = time.monotonic()
+        base = self._base
+        limit = MIN_AGE_S if self._base_version != self._cluster.version else MAX_AGE_S
+        if base is None or now - base.now_s > limit:
+            base = self._base = self._build(now, fresh_only=False)
+            self._base_version = self._cluster.version
+        if excluded:
+            open_to_it = np.array([m.endpoint.url not in excluded for m in self._members], np.bool_)
+            accepts = base.instances.accepts & open_to_it
+            base = replace(base, instances=replace(base.instances, accepts=accepts), derived={})
+        return replace(self._with_placed(base), now_s=now, held=held)
+
+    def _build(self, now: float, *, fresh_only: bool) -> FleetSnapshot:
+        members, statuses = self._members, [m.status for m in self._members]
+        ages = np.array([m.age_s(now) for m in members], np.float64)
+        willing = np.array([m.healthy and not m.draining for m in members], np.bool_)
+        plain = np.array([m.described and m.advertisement is None for m in members], np.bool_)
+        fresh = ages <= self._stale_s
+        accepts = willing & (fresh | (plain & ~np.bool_(fresh_only)))
+        if not fresh_only and not accepts.any():
+            # Silence everywhere says more about the telemetry than about the instances.
+            accepts = willing
+
+        def column(
+            attribute: str, otherwise: int = 0
+        ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+            return np.array(
+                [otherwise if s is None else getattr(s, attribute) for s in statuses], np.int64
+            )
+
+        capacity = np.array(
+            [m.kv_capacity if s is None else s.kv_capacity_tokens
+             for m, s in zip(members, statuses, strict=True)], np.int64,
+        )  # fmt: skip
+        moves = [self._moves(m) for m in members]
+        instances = Instances(
+            ids=tuple(m.name for m in members),
+            kv_capacity=capacity,
+            kv_used=column("kv_used_tokens"),
+            kv_reserved=column("kv_reserved_tokens"),
+            running=column("running"),
+            queued=column("queued"),
+            retracted=column("retracted"),
+            step_ms=np.array([0.0 if s is None else s.step_ms_ema for s in statuses], np.float64),
+            age_s=ages,
+            accepts=accepts,
+            draining=np.array([m.draining for m in members], np.bool_),
+            moves_out=np.array([out for out, _ in moves], np.int64),
+            moves_in=np.array([into for _, into in moves], np.int64),
+        )
+        return FleetSnapshot(now, instances, self._requests(now), self._cluster.prior_output())
+
+    def _requests(self, now: float) -> Requests:
+        tables = [m.table for m in self._members]
+        output = np.concatenate([t.output_tokens for t in tables])
+        limit = np.concatenate([t.max_new_tokens for t in tables])
+        movable = np.concatenate([t.movable for t in tables])
+        start = 0
+        for table in tables:
+            for rid in self._busy:
+                row = table.row(rid)
+                if row is not None:
+                    movable[start + row] = False
+            start += len(table.rids)
+        return Requests(
+            rids=tuple(rid for t in tables for rid in t.rids),
+            instance=np.repeat(np.arange(len(tables)), [len(t.rids) for t in tables]),
+            prompt_tokens=np.concatenate([t.prompt_tokens for t in tables]),
+            output_tokens=output,
+            max_new_tokens=limit,
+            remaining=np.concatenate([t.remaining for t in tables]),
+            true_remaining=(
+                np.maximum(limit - output, 0).astype(np.float64)
+                if self._true_lengths
+                else np.full(len(output), np.nan)
+            ),
+            movable=movable,
+            queued=np.concatenate([t.queued for t in tables]),
+            since_move_s=now - np.concatenate([t.settled_s for t in tables]),
+        )
+
+    def _with_placed(self, base: FleetSnapshot) -> FleetSnapshot:
+        rows: list[int] = []
+        tokens: list[int] = []
+        for row, member in enumerate(self._members):
+            for sent in member.unseen():
+                rows.append(row)
+                tokens.append(sent.prompt_tokens)
+        return replace(base, placed=Placed(np.array(rows, np.int64), np.array(tokens, np.int64)))

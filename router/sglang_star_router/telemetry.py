@@ -1,0 +1,102 @@
+"""Listens to every instance's status socket and believes nothing that does not decode."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import zmq
+import zmq.asyncio
+
+from sglang_star.errors import ProtocolError
+from sglang_star.protocol import InstanceStatus, decode
+from sglang_star_router.cluster import Cluster, Instance, Verdict
+
+logger = logging.getLogger(__name__)
+
+RECEIVE_QUEUE = 16
+"""Statuses kept for a busy router; older ones are worth nothing."""
+
+
+class StatusFeed:
+    """One SUB socket per instance, following its advertisement.
+
+    Attributes:
+        dropped: messages dropped, by ``(instance URL, reason)``.
+        received: statuses taken in.
+    """
+
+    def __init__(self, cluster: Cluster, suspect: Callable[[Instance], None]) -> None:
+        """``suspect`` is called when an instance speaks as another incarnation."""
+        self.dropped: Counter[tuple[str, str]] = Counter()
+        self.received = 0
+        self._cluster = cluster
+        self._suspect = suspect
+        self._context = zmq.asyncio.Context()
+        self._listening: dict[str, tuple[str, asyncio.Task[None]]] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    def follow(self, instance: Instance) -> None:
+        """Listen where the instance publishes now, or nowhere if it does not."""
+        url = instance.endpoint.url
+        advertised = instance.advertisement
+        address = advertised.status_address if advertised is not None else ""
+        known = self._listening.get(url)
+        if known is not None:
+            if known[0] == address and not known[1].done():
+                return
+            known[1].cancel()
+            del self._listening[url]
+        if address:
+            task = asyncio.create_task(self._listen(instance, address), name=f"status {url}")
+            self._listening[url] = (address, task)
+
+    async def close(self) -> None:
+        """Stop listening."""
+        tasks = [task for _, task in self._listening.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listening.clear()
+        self._context.destroy(linger=0)
+
+    async def _listen(self, instance: Instance, address: str) -> None:
+        with self._context.socket(zmq.SUB) as socket:
+            socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            socket.subscribe(b"")
+            try:
+                socket.connect(address)
+            except zmq.ZMQError as error:
+                self._drop(instance, "address", f"cannot subscribe to {address!r}: {error}")
+                return
+            while True:
+                frames = await socket.recv_multipart()
+                self._take(instance, frames)
+
+    def _take(self, instance: Instance, frames: list[bytes]) -> None:
+        try:
+            message = decode(frames[-1])
+        except ProtocolError as error:
+            self._drop(instance, type(error).__name__, str(error))
+            return
+        if not isinstance(message, InstanceStatus):
+            self._drop(instance, "unexpected", f"{type(message).__name__} on a status socket")
+            return
+        verdict = self._cluster.apply(instance, message)
+        if verdict is Verdict.TAKEN:
+            self.received += 1
+            return
+        self.dropped[instance.endpoint.url, verdict.value] += 1
+        if verdict is not Verdict.STALE:
+            self._suspect(instance)
+
+    def _drop(self, instance: Instance, reason: str, detail: str) -> None:
+        key = (instance.endpoint.url, reason)
+        self.dropped[key] += 1
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning("dropping messages from %s: %s", instance.endpoint.url, detail)

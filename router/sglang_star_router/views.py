@@ -1,0 +1,123 @@
+"""What operators see: the fleet as JSON and as metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client.core import Metric
+
+from sglang_star_router.cluster import Cluster, Instance
+from sglang_star_router.dispatch import Dispatcher
+from sglang_star_router.ledger import Ledger
+from sglang_star_router.metrics import counter, gauge
+from sglang_star_router.rescheduler import Rescheduler
+from sglang_star_router.telemetry import StatusFeed
+
+
+def instance_json(instance: Instance, ledger: Ledger, now: float) -> dict[str, Any]:
+    """Return one instance as ``GET /star/cluster`` shows it."""
+    status, advertisement = instance.status, instance.advertisement
+    moves_out, moves_in = ledger.moves_of(instance)
+    row: dict[str, Any] = {
+        "name": instance.name,
+        "url": instance.endpoint.url,
+        "role": instance.role,
+        "healthy": instance.healthy,
+        "trouble": instance.trouble,
+        "draining": instance.draining,
+        "star": advertisement is not None,
+        "incarnation": advertisement.incarnation if advertisement else None,
+        "predictor": advertisement.predictor if advertisement else None,
+        "restarts": instance.restarts,
+        "in_flight": len(instance.dispatches),
+        "moves_out": moves_out,
+        "moves_in": moves_in,
+        "status_age_s": None if status is None else round(instance.age_s(now), 3),
+        "status": None,
+    }
+    if status is not None:
+        row["status"] = {
+            "sequence": status.sequence,
+            "step_ms_ema": status.step_ms_ema,
+            "step_ms_p99": status.step_ms_p99,
+            "kv_capacity_tokens": status.kv_capacity_tokens,
+            "kv_used_tokens": status.kv_used_tokens,
+            "kv_reserved_tokens": status.kv_reserved_tokens,
+            "running": status.running,
+            "queued": status.queued,
+            "retracted": status.retracted,
+            "retractions": status.retractions,
+            "requests": [
+                {name: getattr(request, name) for name in request.__struct_fields__}
+                for request in status.requests
+            ],
+        }
+    return row
+
+
+def cluster_json(
+    cluster: Cluster, ledger: Ledger, dispatcher: Dispatcher, feed: StatusFeed
+) -> dict[str, Any]:
+    """Return the body of ``GET /star/cluster``."""
+    now = time.monotonic()
+    return {
+        "time": time.time(),
+        "holding": dispatcher.holding,
+        "dispatched": dispatcher.sequence,
+        "open_migrations": ledger.open_count,
+        "statuses_received": feed.received,
+        "statuses_dropped": sum(feed.dropped.values()),
+        "instances": [instance_json(one, ledger, now) for one in cluster],
+    }
+
+
+def fleet_metrics(
+    cluster: Cluster,
+    ledger: Ledger,
+    dispatcher: Dispatcher,
+    feed: StatusFeed,
+    rescheduler: Rescheduler | None,
+) -> Iterator[Metric]:
+    """Yield the metrics that are read off the fleet when scraped."""
+    members = list(cluster)
+
+    def each(name: str, text: str, value: Any, *, with_status: bool = False) -> Metric:
+        rows = [(m.name, float(value(m))) for m in members if m.status or not with_status]
+        return gauge(name, text, rows, "instance")
+
+    def status(name: str, text: str, attribute: str) -> Metric:
+        return each(name, text, lambda m: getattr(m.status, attribute), with_status=True)
+
+    now = time.monotonic()
+    yield each("instance_healthy", "1 if requests are sent there.", lambda m: m.healthy)
+    yield each("instance_draining", "1 if no new work goes there.", lambda m: m.draining)
+    yield each("instance_in_flight", "Requests sent there not ended.", lambda m: len(m.dispatches))
+    yield each("instance_restarts", "Restarts seen.", lambda m: m.restarts)
+    yield each("status_age_seconds", "Age of the status.", lambda m: m.age_s(now), with_status=True)
+    yield status("kv_capacity_tokens", "Size of the KV pool.", "kv_capacity_tokens")
+    yield status("kv_used_tokens", "KV tokens in use.", "kv_used_tokens")
+    yield status("kv_reserved_tokens", "KV tokens reserved for guests.", "kv_reserved_tokens")
+    yield status("running_requests", "Requests decoding.", "running")
+    yield status("queued_requests", "Requests waiting in the engine.", "queued")
+    yield status("step_milliseconds", "Decode step time, exponential mean.", "step_ms_ema")
+    yield gauge("holding_requests", "Requests held at the router.",
+                [("router", dispatcher.holding)], "at")  # fmt: skip
+    yield counter("refused", "Requests the router refused.",
+                  [((str(code),), n) for code, n in dispatcher.refused.items()],
+                  ("status",))  # fmt: skip
+    yield counter("statuses_received", "Statuses taken in.", [((), feed.received)], ())
+    yield counter("statuses_dropped", "Messages dropped.",
+                  [(key, n) for key, n in sorted(feed.dropped.items())],
+                  ("instance", "reason"))  # fmt: skip
+    yield counter("migrations", "Migrations by outcome.",
+                  [((outcome,), n) for outcome, n in sorted(ledger.outcomes.items())],
+                  ("outcome",))  # fmt: skip
+    yield gauge("migrations_open", "Migrations under way.",
+                [("router", ledger.open_count)], "at")  # fmt: skip
+    if rescheduler is not None:
+        yield counter("rescheduler_rounds", "Decisions taken.", [((), rescheduler.rounds)], ())
+        yield counter("orders_skipped", "Orders not sent because of the router's limits.",
+                      [((why,), n) for why, n in sorted(rescheduler.skipped.items())],
+                      ("reason",))  # fmt: skip

@@ -1,0 +1,330 @@
+"""Fake instances for router tests: real HTTP servers and real PUB sockets speaking our protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+import zmq
+import zmq.asyncio
+from aiohttp import web
+
+from sglang_star.protocol import (
+    PROTOCOL_VERSION,
+    InstanceStatus,
+    MoveReport,
+    RequestStatus,
+    encode,
+)
+from sglang_star_router.app import Router
+from sglang_star_router.config import Endpoint, Member, RouterConfig
+
+WAIT_S = 10.0
+"""Longest time a test waits for something that must happen; nothing is asserted about speed."""
+
+
+async def eventually(condition: Callable[[], Any], what: str = "") -> Any:
+    """Wait until ``condition()`` is truthy and return it."""
+    deadline = time.monotonic() + WAIT_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"did not happen: {what or condition}"
+        await asyncio.sleep(0.01)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class FakeEngine:
+    """One instance. Tests change its attributes to change its behaviour.
+
+    Attributes:
+        chunks: what a streaming request is answered with; gate: if set, waited for before the
+            second chunk; die_after: chunks after which it drops the connection.
+        requests: parsed bodies of generation requests; bodies: the same unparsed.
+        disconnects: generation requests whose client went away.
+    """
+
+    role: str = "aggregated"
+    name: str = ""
+    star: bool = True
+    port: int = field(default_factory=free_port)
+    incarnation: int = 1
+    version: int = PROTOCOL_VERSION
+    chunks: list[bytes] = field(default_factory=lambda: [b'data: {"i":0}\n\n', b"data: [DONE]\n\n"])
+    gate: asyncio.Event | None = None
+    die_after: int | None = None
+    stall: bool = False
+    reply_status: int = 200
+    reply_body: bytes | None = None
+    health_status: int = 200
+    migrate_reply: Callable[[dict[str, Any]], tuple[int, Any]] | None = None
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    orders: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    others: list[tuple[str, str, bytes]] = field(default_factory=list)
+    disconnects: int = 0
+    active: int = 0
+
+    def __post_init__(self) -> None:
+        self.name = self.name or f"{self.role}-{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._sequence = itertools.count(1)
+        self._moves = itertools.count(1)
+
+    # -------------------------------------------------------------- life
+
+    async def start(self) -> FakeEngine:
+        self.context = zmq.asyncio.Context()
+        self.pub = self.context.socket(zmq.PUB)
+        self.pub_port = self.pub.bind_to_random_port("tcp://127.0.0.1")
+        app = web.Application()
+        for path in ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"):
+            app.router.add_post(path, self.generate)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/server_info", self.server_info)
+        app.router.add_post("/star/{what}", self.star_order)
+        app.router.add_route("*", "/{rest:.*}", self.other)
+        self.runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+        )
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True).start()
+        return self
+
+    async def stop(self) -> None:
+        await self.runner.cleanup()
+        self.context.destroy(linger=0)
+
+    async def restart(self) -> None:
+        """Come back as a new incarnation on the same HTTP port and another PUB port."""
+        await self.stop()
+        self.incarnation += 1
+        self._sequence = itertools.count(1)
+        await self.start()
+
+    # -------------------------------------------------------------- HTTP
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        self.requests.append(orjson.loads(body))
+        self.active += 1
+        try:
+            return await self._answer(request)
+        except asyncio.CancelledError:
+            self.disconnects += 1
+            raise
+        finally:
+            self.active -= 1
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if self.stall:
+            await asyncio.Event().wait()
+        if self.reply_status != 200 or not self.requests[-1].get("stream"):
+            body = self.reply_body or b'{"text": "hello",  "meta_info": {}}'
+            return web.Response(
+                body=body, status=self.reply_status, content_type="application/json"
+            )
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": self.name}
+        )
+        await response.prepare(request)
+        for number, chunk in enumerate(self.chunks):
+            if self.die_after == number:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            if number == 1 and self.gate is not None:
+                await self.gate.wait()
+            await response.write(chunk)
+            await asyncio.sleep(0)
+        return response
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response(status=self.health_status)
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        info: dict[str, Any] = {
+            "max_req_input_len": 4000,
+            "max_total_num_tokens": 10_000,
+            "tokenizer_path": "fake",
+            "internal_states": [{}],
+            "disaggregation_bootstrap_port": 9123,
+        }
+        if self.star:
+            info["star"] = {
+                "protocol_version": self.version,
+                "star_version": "0.1.0",
+                "instance_id": self.name,
+                "incarnation": self.incarnation,
+                "role": self.role,
+                "status_address": f"tcp://127.0.0.1:{self.pub_port}",
+                "migration_address": "tcp://127.0.0.1:1",
+                "fingerprint": "f",
+                "host_token": "h",
+            }
+        return web.json_response(info)
+
+    async def star_order(self, request: web.Request) -> web.Response:
+        body = orjson.loads(await request.read() or b"{}")
+        what = request.match_info["what"]
+        self.orders.append((what, body))
+        if what == "migrate" and self.migrate_reply is not None:
+            status, answer = self.migrate_reply(body)
+            return web.json_response(answer, status=status)
+        if what == "migrate":
+            return web.json_response({"migration_id": self.move_id()}, status=202)
+        return web.json_response({"ok": True})
+
+    async def other(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        self.others.append((request.method, request.raw_path, body))
+        return web.json_response({"path": request.path, "engine": self.name})
+
+    # -------------------------------------------------------------- telemetry
+
+    def move_id(self) -> str:
+        return f"{self.name}/{self.incarnation}/{next(self._moves)}"
+
+    def status(
+        self,
+        requests: tuple[RequestStatus, ...] = (),
+        *,
+        sequence: int | None = None,
+        moves: tuple[MoveReport, ...] = (),
+        **fields: Any,
+    ) -> InstanceStatus:
+        values: dict[str, Any] = {
+            "instance_id": self.name,
+            "incarnation": self.incarnation,
+            "sequence": next(self._sequence) if sequence is None else sequence,
+            "role": self.role,
+            "wall_s": time.time(),
+            "monotonic_s": time.monotonic(),
+            "step_ms_ema": 30.0,
+            "step_ms_p99": 40.0,
+            "kv_capacity_tokens": 10_000,
+            "kv_used_tokens": sum(r.prompt_tokens + r.output_tokens for r in requests),
+            "kv_reserved_tokens": 0,
+            "running": len(requests),
+            "queued": 0,
+            "retracted": 0,
+        }
+        return InstanceStatus(**(values | fields), requests=requests, recent_moves=moves)
+
+    async def publish(self, message: InstanceStatus | bytes) -> None:
+        await self.pub.send(message if isinstance(message, bytes) else encode(message))
+
+    def report(self, migration_id: str, rid: str, target: FakeEngine, **fields: Any) -> MoveReport:
+        values: dict[str, Any] = {"outcome": "moved", "stall_ms": 12.0, "context_tokens": 100}
+        return MoveReport(
+            migration_id=migration_id, rid=rid, source=self.name, target=target.name,
+            **(values | fields),
+        )  # fmt: skip
+
+
+def request_status(rid: str, prompt: int = 100, output: int = 10, **fields: Any) -> RequestStatus:
+    values: dict[str, Any] = {"max_new_tokens": 1000, "home": "x"}
+    return RequestStatus(
+        rid=rid, prompt_tokens=prompt, output_tokens=output, **(values | fields)
+    )
+
+
+@dataclass
+class Fleet:
+    """A router in front of fake instances, and a client session."""
+
+    router: Router
+    engines: list[FakeEngine]
+    url: str
+    session: aiohttp.ClientSession
+
+    async def post(self, path: str, body: Any, **kwargs: Any) -> tuple[int, bytes]:
+        async with self.session.post(self.url + path, json=body, **kwargs) as response:
+            return response.status, await response.read()
+
+    async def get(self, path: str, **kwargs: Any) -> tuple[int, Any]:
+        async with self.session.get(self.url + path, **kwargs) as response:
+            return response.status, await response.read()
+
+    async def until_healthy(self, *engines: FakeEngine) -> None:
+        for engine in engines or self.engines:
+            instance = self.instance(engine)
+            await eventually(lambda one=instance: one.healthy, f"{engine.name} healthy")
+
+    def instance(self, engine: FakeEngine) -> Any:
+        return self.router.cluster.instances[engine.url]
+
+    async def publish(self, engine: FakeEngine, *requests: RequestStatus, **fields: Any) -> None:
+        """Publish a status until the router has taken it (a SUB socket joins late)."""
+        instance = self.instance(engine)
+        message = engine.status(requests, **fields)
+
+        def taken() -> bool:
+            return instance.status is not None and instance.status.sequence >= message.sequence
+
+        for _ in range(1000):
+            await engine.publish(message)
+            await asyncio.sleep(0.01)
+            if taken():
+                return
+        raise AssertionError(f"{engine.name}'s status never arrived")
+
+
+def member(engine: FakeEngine, bootstrap_port: int | None = None) -> Member:
+    return Member(Endpoint.parse(engine.url), engine.role, bootstrap_port)
+
+
+@contextlib.asynccontextmanager
+async def fleet(
+    *engines: FakeEngine, start: bool = True, policies: dict[str, Any] | None = None, **config: Any
+) -> AsyncIterator[Fleet]:
+    """Start engines and a router in front of them."""
+    settings: dict[str, Any] = {
+        "policy": "round-robin",
+        "health_check_interval": 0.2,
+        "health_check_timeout": 2.0,
+        "health_failure_threshold": 1,
+        "rescheduler_interval": 0.05,
+        "status_stale": 60.0,
+    }
+    if start:
+        for engine in engines:
+            await engine.start()
+    members = tuple(member(engine) for engine in engines)
+    router = Router(RouterConfig(members=members, **(settings | config)), **(policies or {}))
+    runner = web.AppRunner(
+        router.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.2
+    )
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    assert site._server is not None
+    port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    running = Fleet(router, list(engines), f"http://127.0.0.1:{port}", session)
+    try:
+        if start:
+            await running.until_healthy()
+        yield running
+    finally:
+        await session.close()
+        await runner.cleanup()
+        for engine in engines:
+            with contextlib.suppress(Exception):
+                await engine.stop()
