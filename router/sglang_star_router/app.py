@@ -217,13 +217,13 @@ class Router:
 
     async def _ask(self, request: web.Request, instance: Instance, body: bytes) -> tuple[int, str]:
         block = request_block(request, body, instance)
-        connection = await self.pool.send(instance.endpoint, block)
+        exchange = await self.pool.send(instance.endpoint, block)
         try:
             async with asyncio.timeout(self.config.request_timeout):
-                head = await connection.opened
-                return head.status, (await connection.collect()).decode(errors="replace")
+                head = await exchange.opened
+                return head.status, (await exchange.collect()).decode(errors="replace")
         finally:
-            connection.abort()
+            exchange.abort()
 
     async def _server_info(self, request: web.Request) -> web.StreamResponse:
         """One instance's when aggregated; in PD all of them, under ``prefill`` and ``decode``."""

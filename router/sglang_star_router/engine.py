@@ -9,7 +9,7 @@ import orjson
 
 from sglang_star.errors import PeerError
 from sglang_star_router.cluster import Instance
-from sglang_star_router.upstream import Connection, Pool
+from sglang_star_router.upstream import Exchange, Pool
 
 
 class EngineClient:
@@ -40,17 +40,17 @@ class EngineClient:
             f"Accept: application/json\r\n{self._authorization}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode() + body
-        connection: Connection | None = None
+        exchange: Exchange | None = None
         try:
             async with asyncio.timeout(timeout_s or self._timeout_s):
-                connection = await self._pool.send(instance.endpoint, block)
-                head = await connection.opened
-                return head.status, await connection.collect()
+                exchange = await self._pool.send(instance.endpoint, block)
+                head = await exchange.opened
+                return head.status, await exchange.collect()
         except TimeoutError:
             raise PeerError(f"{method} {path} at {instance.name}: no answer in time") from None
         finally:
-            if connection is not None:
-                connection.abort()
+            if exchange is not None:
+                exchange.abort()
 
     async def json(
         self, instance: Instance, method: str, path: str, payload: object = None

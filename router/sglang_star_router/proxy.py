@@ -25,7 +25,7 @@ from sglang_star_router.logprobs import with_prompt_logprobs
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.relay import relay
 from sglang_star_router.replies import Rejected, rejection
-from sglang_star_router.upstream import Connection, Pool, UpstreamLost
+from sglang_star_router.upstream import Exchange, Pool, UpstreamLost
 
 logger = logging.getLogger(__name__)
 
@@ -111,23 +111,23 @@ class Proxy:
         """Pass any other request to one instance, unchanged."""
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout
         block = request_block(request, await request.read(), instance)
-        connection: Connection | None = None
+        exchange: Exchange | None = None
         try:
             async with asyncio.timeout_at(deadline):
-                connection = await self._pool.send(
+                exchange = await self._pool.send(
                     instance.endpoint,
                     block,
                     unframe=request.version < (1, 1),
                     bodiless=request.method == "HEAD",
                 )
-                head = await connection.opened
-            return await relay(request, connection, head, deadline)
+                head = await exchange.opened
+            return await relay(request, exchange, head, deadline)
         except (PeerError, TimeoutError) as error:
             text = str(error) or f"no answer within {self._config.request_timeout:g} s"
             return rejection(Rejected(text, status=502, kind="upstream_error"))
         finally:
-            if connection is not None:
-                connection.abort()
+            if exchange is not None:
+                exchange.abort()
 
     # ------------------------------------------------------------------ attempts
 
@@ -178,8 +178,8 @@ class Proxy:
         deadline: float,
     ) -> web.StreamResponse:
         """Send to the seat's instances and pass the decode side's answer through."""
-        prefill: Connection | None = None
-        decode: Connection | None = None
+        prefill: Exchange | None = None
+        decode: Exchange | None = None
         try:
             async with asyncio.timeout_at(deadline):
                 fields = {"rid": rid} if rid and not call.named else {}
@@ -208,9 +208,9 @@ class Proxy:
                 self._metrics.lost_streams.inc()
             return response
         finally:
-            for connection in (prefill, decode):
-                if connection is not None:
-                    connection.abort()
+            for exchange in (prefill, decode):
+                if exchange is not None:
+                    exchange.abort()
 
     def _bootstrap(self, call: Call, prefill: Instance) -> dict[str, object]:
         if prefill.bootstrap_port is None:
@@ -221,7 +221,7 @@ class Proxy:
             )
         return call.bootstrap(prefill.endpoint.host, prefill.bootstrap_port)
 
-    async def _send(self, request: web.Request, body: bytes, instance: Instance) -> Connection:
+    async def _send(self, request: web.Request, body: bytes, instance: Instance) -> Exchange:
         try:
             return await self._pool.send(
                 instance.endpoint,
@@ -232,14 +232,14 @@ class Proxy:
             self._health.suspect(instance, error.message)
             raise AttemptFailed(error.message, instance) from error
 
-    async def _opened(self, connection: Connection, instance: Instance) -> ResponseHead:
+    async def _opened(self, exchange: Exchange, instance: Instance) -> ResponseHead:
         """Wait for the first body byte.
 
         Raises:
             AttemptFailed: the instance died first.
         """
         try:
-            return await connection.opened
+            return await exchange.opened
         except UpstreamLost as error:
             if error.stale:
                 raise AttemptFailed(error.message, None) from error
@@ -247,7 +247,7 @@ class Proxy:
             raise AttemptFailed(error.message, instance) from error
 
     async def _pair_opened(
-        self, prefill: Connection, p: Instance, decode: Connection, d: Instance
+        self, prefill: Exchange, p: Instance, decode: Exchange, d: Instance
     ) -> ResponseHead:
         """Wait for decode's first byte, unless prefill fails before it.
 
@@ -279,10 +279,10 @@ def request_block(request: web.Request, body: bytes, instance: Instance) -> byte
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-async def _refused(connection: Connection, instance: Instance, head: ResponseHead) -> AttemptFailed:
+async def _refused(exchange: Exchange, instance: Instance, head: ResponseHead) -> AttemptFailed:
     """Turn an instance's error answer into a failure that carries it."""
     try:
-        body = await connection.collect()
+        body = await exchange.collect()
     except UpstreamLost as error:
         return AttemptFailed(error.message, instance)
     kind = head.content_type.split(b";")[0].decode("latin-1") or "application/json"

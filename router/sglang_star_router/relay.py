@@ -11,7 +11,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from sglang_star_router.framing import ResponseHead
 from sglang_star_router.replies import sse_error
-from sglang_star_router.upstream import Connection, UpstreamLost
+from sglang_star_router.upstream import Exchange, UpstreamLost
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +47,18 @@ class Relayed(web.StreamResponse):
 class _Client:
     """Writes to the client and holds the instance back while the client does not keep up."""
 
-    __slots__ = ("_connection", "_draining", "_pending", "_request", "_transport", "last")
+    __slots__ = ("_draining", "_exchange", "_pending", "_request", "_transport", "last")
 
     def __init__(
         self,
         request: web.Request,
         transport: asyncio.Transport,
-        connection: Connection,
+        exchange: Exchange,
         head: bytes,
     ) -> None:
         self._request = request
         self._transport = transport
-        self._connection = connection
+        self._exchange = exchange
         self._pending = head
         self._draining: asyncio.Task[None] | None = None
         self.last = b""
@@ -69,7 +69,7 @@ class _Client:
             data, self._pending = self._pending + data, b""
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > HIGH_WATER and self._draining is None:
-            self._connection.pause()
+            self._exchange.pause()
             self._draining = asyncio.ensure_future(self._drain())
 
     def finish(self) -> None:
@@ -85,16 +85,16 @@ class _Client:
             return
         finally:
             self._draining = None
-        self._connection.resume()
+        self._exchange.resume()
 
 
 async def relay(
-    request: web.Request, connection: Connection, head: ResponseHead, deadline: float
+    request: web.Request, exchange: Exchange, head: ResponseHead, deadline: float
 ) -> Relayed:
     """Pass a response through.
 
     Args:
-        connection: its ``opened`` has resolved to ``head``.
+        exchange: its ``opened`` has resolved to ``head``.
         deadline: loop time at which the instance is given up.
 
     Raises:
@@ -106,19 +106,19 @@ async def relay(
     old_client = request.version < (1, 1)
     keep_alive = request.keep_alive and not old_client
     response = Relayed(head.status, keep_alive and (head.chunked or head.length is not None))
-    client = _Client(request, transport, connection, _head_bytes(head, old_client, response.stays))
-    connection.relay(client)
+    client = _Client(request, transport, exchange, _head_bytes(head, old_client, response.stays))
+    exchange.relay(client)
     try:
         async with asyncio.timeout_at(deadline):
-            await connection.finished
+            await exchange.finished
         client.finish()
         if not response.stays:
             await request.writer.drain()
     except UpstreamLost as error:
-        _end_badly(client, transport, connection, head, response, error.message)
+        _end_badly(client, transport, exchange, head, response, error.message)
     except TimeoutError:
         _end_badly(
-            client, transport, connection, head, response, "not finished within the time limit"
+            client, transport, exchange, head, response, "not finished within the time limit"
         )
     return response
 
@@ -135,7 +135,7 @@ def _head_bytes(head: ResponseHead, old_client: bool, stays: bool) -> bytes:
 def _end_badly(
     client: _Client,
     transport: asyncio.Transport,
-    connection: Connection,
+    exchange: Exchange,
     head: ResponseHead,
     response: Relayed,
     message: str,
@@ -144,7 +144,7 @@ def _end_badly(
     response.lost = True
     response.stays = False
     logger.warning("stream broken: %s", message)
-    scanner = connection.scanner
+    scanner = exchange.scanner
     if (
         head.content_type.startswith(b"text/event-stream")
         and scanner is not None

@@ -34,32 +34,51 @@ class UpstreamLost(PeerError):
     stale: bool = False
 
 
-class Connection(asyncio.Protocol):
-    """One connection; one request at a time.
+class Exchange:
+    """One request and its response.
+
+    A response may be complete before its reader has woken up; its connection serves the next
+    request only once somebody has taken the body.
 
     Attributes:
         opened: resolves to the head once the first body byte, or the end, is there too: until
             then nothing has reached a client and another instance may be asked instead.
         finished: resolves when the whole response has been handed on.
-        received: bytes of this response so far.
+        scanner: follows the body's chunks; None if it is not chunked.
     """
 
-    finished: asyncio.Future[None]
-    opened: asyncio.Future[ResponseHead]
+    __slots__ = (
+        "_block",
+        "_bodiless",
+        "_connection",
+        "_detached",
+        "_done",
+        "_early",
+        "_head",
+        "_left",
+        "_payload",
+        "_reusable",
+        "_sink",
+        "finished",
+        "fresh",
+        "opened",
+        "scanner",
+    )  # fmt: skip
 
-    def __init__(self, pool: Pool, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.received = 0
-        self.idle_since = 0.0
+    def __init__(
+        self, connection: Connection, *, unframe: bool, bodiless: bool, fresh: bool
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.opened: asyncio.Future[ResponseHead] = loop.create_future()
+        self.finished: asyncio.Future[None] = loop.create_future()
         self.scanner: ChunkScanner | None = None
-        self._pool = pool
-        self._transport: asyncio.Transport | None = None
-        self._busy = False
-        self._used = False
-        self._reused = False
+        self.fresh = fresh
+        self._connection = connection
+        self._bodiless = bodiless
+        self._payload: list[bytes] | None = [] if unframe else None
         self._detached = False
-        self._bodiless = False
-        self._payload: list[bytes] | None = None
+        self._done = False
+        self._reusable = False
         self._head: ResponseHead | None = None
         self._block = b""
         self._left: int | None = None
@@ -68,42 +87,25 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------------ for the caller
 
-    def send(self, block: bytes, *, unframe: bool, bodiless: bool) -> None:
-        """Send one request.
-
-        Args:
-            block: head and body.
-            unframe: hand on the body without its chunked framing.
-            bodiless: it is a HEAD request.
-        """
-        loop = asyncio.get_running_loop()
-        self.opened = loop.create_future()
-        self.finished = loop.create_future()
-        self.received = 0
-        self.scanner = None
-        self._reused, self._used = self._used, True
-        self._busy, self._detached, self._bodiless = True, False, bodiless
-        self._payload = [] if unframe else None
-        self._head, self._block, self._left = None, b"", None
-        self._early, self._sink = [], None
-        assert self._transport is not None
-        self._transport.write(block)
-
     def relay(self, sink: Callable[[bytes], None]) -> None:
         """Give every body byte, those that came already first, to ``sink``."""
         self._sink = sink
         if self._early:
             sink(b"".join(self._early))
             self._early = []
+        self._settle()
 
     def discard(self) -> None:
         """Read the response to its end for nobody; its failure concerns nobody either."""
         self._detached = True
-        self._sink = _nowhere
-        self._early = []
+        self.relay(_nowhere)
 
     async def collect(self) -> bytes:
-        """Return the whole body, without framing."""
+        """Return the whole body, without framing.
+
+        Raises:
+            UpstreamLost: the connection ended first.
+        """
         parts: list[bytes] = []
         self.relay(parts.append)
         await self.finished
@@ -116,66 +118,58 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Drop the connection unless the response is complete; the instance sees a disconnect."""
-        if self._busy:
-            self._detached = True
-            self._close()
-
-    def close(self) -> None:
-        """Close the connection whatever it is doing."""
         self._detached = True
-        self._close()
+        if not self._done:
+            self._done = True
+            self._connection.close()
+        elif self._sink is None:
+            self.discard()
 
     def pause(self) -> None:
         """Stop reading until :meth:`resume`."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        if not self._done:
+            self._connection.transport.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        if not self._done:
+            self._connection.transport.resume_reading()
 
-    @property
-    def usable(self) -> bool:
-        """True while another request may be sent."""
-        return (
-            not self._busy
-            and self._transport is not None
-            and not self._transport.is_closing()
-            and time.monotonic() - self.idle_since < IDLE_S
-        )
+    # ------------------------------------------------------------------ for the connection
 
-    # ------------------------------------------------------------------ asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Hand on what arrived."""
-        if not self._busy:
-            self._close()
-            return
-        self.received += len(data)
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the socket."""
         try:
             if self._head is None:
                 self._read_head(data)
             else:
                 self._read_body(data)
         except FramingError as error:
-            self._fail(f"{self.endpoint.url} broke HTTP framing: {error}")
+            self.fail(f"{self._connection.endpoint.url} broke HTTP framing: {error}")
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """End the response, well or badly."""
-        self._pool.forget(self)
-        if not self._busy:
+    def end_of_connection(self, reason: str) -> None:
+        """End the response, well if only the connection's end could end it."""
+        if self._done:
             return
         if self._head is not None and self._left is None and self.scanner is None:
             self._finish(reusable=False)
-            return
-        self._fail(f"{self.endpoint.url} closed the connection{f': {exc}' if exc else ''}")
+        else:
+            self.fail(f"{self._connection.endpoint.url} closed the connection{reason}")
 
-    # ------------------------------------------------------------------ inside
+    def fail(self, message: str) -> None:
+        """End the response badly."""
+        if self._done:
+            return
+        self._done = True
+        self._connection.close()
+        if self._detached:
+            return
+        error = UpstreamLost(message)
+        error.stale = not self.fresh and self._head is None and not self._block
+        waiter = self.finished if self.opened.done() else self.opened
+        waiter.set_exception(error)
+        # A caller that is still waiting for the other half of a pair may never look.
+        waiter.exception()
 
     def _read_head(self, data: bytes) -> None:
         self._block += data
@@ -197,8 +191,7 @@ class Connection(asyncio.Protocol):
             self._read_body(rest)
 
     def _read_body(self, data: bytes) -> None:
-        scanner, ended = self.scanner, False
-        overrun = False
+        scanner, ended, overrun = self.scanner, False, False
         if scanner is not None:
             used = scanner.feed(data, self._payload)
             overrun, ended = used < len(data), scanner.done
@@ -217,41 +210,80 @@ class Connection(asyncio.Protocol):
                 self._sink(data)
             else:
                 self._early.append(data)
-        if not self.opened.done():
-            assert self._head is not None
-            self.opened.set_result(self._head)
+        head = self._head
+        assert head is not None
         if ended:
-            assert self._head is not None
-            self._finish(reusable=self._head.reusable and not overrun)
+            self._finish(reusable=head.reusable and not overrun)
+        elif not self.opened.done():
+            self.opened.set_result(head)
 
     def _finish(self, *, reusable: bool) -> None:
-        self._busy = False
+        self._done = True
+        self._reusable = reusable
         if not self.opened.done():
             assert self._head is not None
             self.opened.set_result(self._head)
-        if not self.finished.done():
-            self.finished.set_result(None)
-        if reusable:
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._done or self._sink is None or self.finished.done():
+            return
+        self.finished.set_result(None)
+        self._connection.exchanged(reusable=self._reusable)
+
+
+class Connection(asyncio.Protocol):
+    """One connection; one exchange at a time."""
+
+    def __init__(self, pool: Pool, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.transport: asyncio.Transport
+        self.idle_since = 0.0
+        self._pool = pool
+        self._exchange: Exchange | None = None
+        self._used = False
+
+    def send(self, block: bytes, *, unframe: bool, bodiless: bool) -> Exchange:
+        """Send one request, head and body."""
+        self._exchange = Exchange(self, unframe=unframe, bodiless=bodiless, fresh=not self._used)
+        self._used = True
+        self.transport.write(block)
+        return self._exchange
+
+    @property
+    def usable(self) -> bool:
+        """True while another request may be sent."""
+        young = time.monotonic() - self.idle_since < IDLE_S
+        return self._exchange is None and not self.transport.is_closing() and young
+
+    def exchanged(self, *, reusable: bool) -> None:
+        """End the exchange."""
+        self._exchange = None
+        if reusable and not self.transport.is_closing():
             self._pool.release(self)
         else:
-            self._close()
+            self.close()
 
-    def _fail(self, message: str) -> None:
-        self._busy = False
-        self._close()
-        if self._detached:
-            self.opened.cancel()
-            self.finished.cancel()
-            return
-        error = UpstreamLost(message)
-        error.stale = self._reused and self.received == 0
-        waiter = self.finished if self.opened.done() else self.opened
-        if not waiter.done():
-            waiter.set_exception(error)
+    def close(self) -> None:
+        """Close at once, whatever is going on."""
+        self.transport.abort()
 
-    def _close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Hand on what arrived; an idle server has nothing to say."""
+        if self._exchange is None:
+            self.close()
+        else:
+            self._exchange.feed(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the exchange, if there is one."""
+        self._pool.forget(self)
+        if self._exchange is not None:
+            self._exchange.end_of_connection(f": {exc}" if exc else "")
 
 
 class Pool:
@@ -265,8 +297,13 @@ class Pool:
 
     async def send(
         self, endpoint: Endpoint, block: bytes, *, unframe: bool = False, bodiless: bool = False
-    ) -> Connection:
-        """Send ``block`` on a kept or a new connection.
+    ) -> Exchange:
+        """Send a request on a kept or a new connection.
+
+        Args:
+            block: head and body.
+            unframe: hand on the response body without its chunked framing.
+            bodiless: it is a HEAD request.
 
         Raises:
             PeerError: the instance does not accept connections.
@@ -279,8 +316,7 @@ class Pool:
             connection.close()
         else:
             connection = await self._connect(endpoint)
-        connection.send(block, unframe=unframe, bodiless=bodiless)
-        return connection
+        return connection.send(block, unframe=unframe, bodiless=bodiless)
 
     async def _connect(self, endpoint: Endpoint) -> Connection:
         if endpoint.tls and self._tls is None:

@@ -25,11 +25,12 @@ def token_limit(snapshot: FleetSnapshot, params: StarParams) -> FloatArray:
     return limit
 
 
-def admits_now(snapshot: FleetSnapshot, prompt: int, max_new: int, params: StarParams) -> BoolArray:
+def admits_now(snapshot: FleetSnapshot, prompt: int, max_new: int, spare: FloatArray, params: StarParams) -> BoolArray:
     """Whether SGLang's decode admission would take the request without queueing, ``[I]``.
 
     SGLang reserves tokens for every active request and wants room for one more; nobody is
     admitted while retracted requests wait, and the queue is first come, first served.
+    ``spare`` tokens per instance are to stay free beyond that.
     """
     inst, placed = snapshot.instances, snapshot.placed
     n = len(inst.ids)
@@ -41,7 +42,7 @@ def admits_now(snapshot: FleetSnapshot, prompt: int, max_new: int, params: StarP
     wanted = np.maximum(
         prompt + params.reserved_tokens, prompt + min(max_new, params.clip_new_tokens) - held
     )
-    admits: BoolArray = inst.accepts & (inst.queued == 0) & (inst.retracted == 0) & (free >= wanted)
+    admits: BoolArray = inst.accepts & (inst.queued == 0) & (inst.retracted == 0) & (free >= wanted + spare)
     return admits
 
 

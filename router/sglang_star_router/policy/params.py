@@ -87,6 +87,12 @@ class StarParams:
         reserved_tokens: KV tokens SGLang's decode admission keeps per active request
             (``--num-reserved-decode-tokens``).
         clip_new_tokens: SGLang's ceiling on the output it reckons with at admission.
+        admit_pressure: hold an arrival while every instance with room is forecast to pass this
+            share of its limit within the horizon.
+        late_spare: a request past its deadline is placed only where this share of KV stays free
+            beyond what admission wants, so that it does not make a fresher one late; scaled by
+            how many others are held.
+        late_full: held requests per instance at which ``late_spare`` applies in full.
         hold: keep arrivals no instance would admit at once at the router.
         hold_deadline_s: a request held longer than this has missed its TTFT limit; it yields to
             fresher ones.
@@ -110,6 +116,9 @@ class StarParams:
     weight_tokens: float = 265_000.0
     reserved_tokens: int = 512
     clip_new_tokens: int = 4096
+    admit_pressure: float = 10.0
+    late_spare: float = 0.15
+    late_full: float = 0.5
     hold: bool = True
     hold_deadline_s: float = 1.5
     hold_max_s: float = 30.0

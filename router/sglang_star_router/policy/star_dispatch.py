@@ -39,15 +39,25 @@ class StarDispatch:
         if not inst.accepts.any():
             return NOBODY
         allowed = inst.accepts
+        pressure = self._pressure(snapshot, arrival)
         if p.hold:
-            allowed = admits_now(snapshot, arrival.prompt_tokens, arrival.max_new_tokens, p)
+            spare = inst.kv_capacity * self._spare_share(snapshot, arrival)
+            allowed = admits_now(snapshot, arrival.prompt_tokens, arrival.max_new_tokens, spare, p)
+            allowed &= pressure <= p.admit_pressure
             if not allowed.any():
                 return self._wait(snapshot, arrival)
-        pressure = self._pressure(snapshot, arrival)
         row = load.lowest(np.round(pressure, 6), allowed, inst.ids)
         if row is None:
             return NOBODY
         return Placement(inst.ids[row], self.name, {"pressure": float(pressure[row])})
+
+    def _spare_share(self, snapshot: FleetSnapshot, arrival: Arrival) -> float:
+        """Share of KV an arrival must leave free: none in time, more the more others wait."""
+        p = self.params
+        if snapshot.now_s - arrival.arrived_s <= p.hold_deadline_s:
+            return 0.0
+        crowd = (snapshot.held - 1) / max(p.late_full * len(snapshot.instances.ids), 1e-9)
+        return p.late_spare * min(crowd, 1.0)
 
     def _wait(self, snapshot: FleetSnapshot, arrival: Arrival) -> Placement:
         """Hold until the deadline for holding has passed or too many are held already."""
