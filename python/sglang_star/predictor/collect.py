@@ -2,13 +2,15 @@
 
 An offline SGLang engine answers the prompts while STAR's own hook records. Everything on disk is
 skipped by the next run. Ctrl-C or SIGTERM stops sending and lets running requests end, because
-cutting them would keep only the short ones; what is left can be trained on or continued.
+dropping them would keep only the short ones; a second one cuts them, and they are kept as
+censored. What is left can be trained on or continued.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import signal
 import time
@@ -29,6 +31,9 @@ Job = tuple[str, Prompt]
 
 Generate = Callable[[Job], Awaitable[int]]
 """Answer one job; returns the number of output tokens."""
+
+Cut = Callable[[], None]
+"""Abort every running job."""
 
 
 @dataclass(slots=True)
@@ -76,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = start_engine(args)
     try:
         generate = generator(engine, args)
-        engine.loop.run_until_complete(drive(jobs, generate, args.concurrency, args.minutes))
+        cut = functools.partial(engine.tokenizer_manager.abort_request, abort_all=True)
+        engine.loop.run_until_complete(drive(jobs, generate, cut, args.concurrency, args.minutes))
     finally:
         engine.shutdown()
     return 0
@@ -94,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--temperature", type=float, help="[the model's own]")
     result.add_argument("--top-p", type=float, help="[the model's own]")
     result.add_argument("--no-chat-template", action="store_true", help="send prompts as they are")
-    result.add_argument("--concurrency", type=int, default=48, help="requests at once [48]")
+    result.add_argument("--concurrency", type=int, default=32, help="requests at once [32]")
     result.add_argument("--minutes", type=float, help="stop sending after this long [never]")
     return result
 
@@ -140,7 +146,11 @@ def plan(prompts: Sequence[Prompt], samples: int, folder: Path) -> list[Job]:
 
 
 async def drive(
-    jobs: Sequence[Job], generate: Generate, concurrency: int, minutes: float | None = None
+    jobs: Sequence[Job],
+    generate: Generate,
+    cut: Cut,
+    concurrency: int,
+    minutes: float | None = None,
 ) -> Progress:
     """Answer ``jobs``, ``concurrency`` at a time, until done, out of time or interrupted."""
     progress = Progress(len(jobs), started=time.monotonic())
@@ -148,7 +158,11 @@ async def drive(
     queue = iter(jobs)
 
     def stop() -> None:
-        print("stopping: waiting for running requests to end", flush=True)
+        if progress.stopping:
+            print("cutting the running requests", flush=True)
+            cut()
+            return
+        print("stopping: waiting for running requests; once more to cut them", flush=True)
         progress.stopping = True
 
     async def work() -> None:
@@ -207,7 +221,11 @@ def generator(engine: Any, args: argparse.Namespace) -> Generate:
         if len(ids) > longest:
             print(f"skipped {rid}: {len(ids)} prompt tokens are too many", flush=True)
             return 0
-        result = await engine.async_generate(input_ids=ids, sampling_params=sampling, rid=rid)
+        try:
+            result = await engine.async_generate(input_ids=ids, sampling_params=sampling, rid=rid)
+        except ValueError as error:  # how SGLang's engine reports a request it will not run
+            print(f"skipped {rid}: {error}", flush=True)
+            return 0
         return int(result["meta_info"]["completion_tokens"])
 
     return generate

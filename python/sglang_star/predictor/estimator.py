@@ -52,7 +52,7 @@ class Estimator:
             setattr(req, state.ESTIMATE, tuple(values))
 
     def _estimate(self, now: Array, reqs: Sequence[Any], counts: Array) -> Array:
-        sound: Array = np.isfinite(now).all(axis=1)
+        sound = np.asarray(np.isfinite(now).all(axis=1))
         if not sound.all():
             now = np.where(sound[:, None], now, np.float32(0.0))
         mean, first = now.copy(), now.copy()
@@ -60,7 +60,7 @@ class Estimator:
             fusion = fuse(reqs[i], now[i])
             mean[i], first[i] = fusion.mean, fusion.first
         estimates = self._head.quantiles(self._head.logits(now, mean, first, counts))
-        lost: Array = ~(sound & np.isfinite(estimates).all(axis=1))
+        lost = ~(sound & np.asarray(np.isfinite(estimates).all(axis=1)))
         if lost.any():
             self.fallbacks += int(lost.sum())
             estimates[lost] = self._head.by_age(counts[lost, 0])

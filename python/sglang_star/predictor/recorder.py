@@ -14,7 +14,7 @@ from sglang_star.predictor.samples import Array, RequestRecord, ShardWriter
 INTERVAL: Final = 20
 """Output tokens between two samples of a request, as in the paper."""
 
-FLUSH_S: Final = 15.0
+FLUSH_S: Final = 60.0
 """A finished request is on disk after at most this long, as long as the engine is decoding."""
 
 _HALF_MAX: Final = float(np.finfo(np.float16).max)
@@ -84,8 +84,6 @@ class Recorder:
             return
         del req._star_track
         reason = req.finished_reason.to_json()["type"]
-        if reason == "abort":
-            return  # the client gave up, which says nothing about the model
         output = req.output_ids[: req.finished_len] if req.finished_len else req.output_ids
         self._writer.add(
             RequestRecord(
@@ -93,7 +91,8 @@ class Recorder:
                 prompt_ids=np.array(req.origin_input_ids, np.int32),
                 output_ids=np.array(output, np.int32),
                 max_new_tokens=int(req.sampling_params.max_new_tokens),
-                censored=reason == "length",
+                # Aborts come from the end of the collection, which knows nothing of lengths.
+                censored=reason in ("length", "abort"),
                 tokens=np.array(track.tokens, np.int32),
                 hidden=np.stack(track.hidden),
                 pooled=np.stack(track.pooled),

@@ -34,7 +34,8 @@ class RequestRecord:
     Attributes:
         rid: ``<prompt id>#<sample>`` when `star predictor collect` sent it.
         prompt_ids, output_ids: token ids.
-        max_new_tokens: the limit in force; censored: the limit, not the model, ended the output.
+        max_new_tokens: the limit in force; censored: the limit, or the end of the collection,
+            ended the output, not the model.
         tokens: output tokens so far at each sample, ascending, first 1.
         hidden: ``[samples, d]`` float16, last-token last-layer state that produced the latest
             token.
@@ -79,6 +80,11 @@ class Samples:
     def output_tokens(self) -> Array:
         """Output length of each request, tokens."""
         return np.array([len(ids) for ids in self.output_ids], np.int64)
+
+    @property
+    def cut(self) -> Array:
+        """Requests that the end of the collection cut short: their length is not known."""
+        return self.censored & (self.output_tokens < self.max_new_tokens)
 
     @property
     def remaining(self) -> Array:

@@ -1,0 +1,231 @@
+"""Fitting the distribution head: a small ensemble by cross-validation, then calibration.
+
+Every member leaves out one fold of the requests and stops when that fold gets worse, so all data
+trains and all data judges. The left-out predictions then say which level to read for each
+nominal one.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from sglang_star.predictor import dataset, hazard
+from sglang_star.predictor.hazard import Array
+from sglang_star.predictor.head import Weights, budget
+from sglang_star.predictor.samples import Samples
+from sglang_star.protocol import QUANTILE_LEVELS
+
+MEMBERS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Hyperparameters; ``width`` 0 sizes the head from the data.
+
+    Attributes:
+        input_dropout, inner_dropout, weight_decay: what keeps a few hundred requests from being
+            learnt by heart.
+        patience: epochs without improvement of its left-out fold after which a member stops.
+    """
+
+    seed: int = 0
+    width: int = 0
+    learning_rate: float = 1e-3
+    batch: int = 256
+    epochs: int = 200
+    patience: int = 15
+    input_dropout: float = 0.2
+    inner_dropout: float = 0.3
+    weight_decay: float = 0.1
+
+
+@dataclass(slots=True)
+class Curves:
+    """Loss per epoch, nats per sample: mean over members, on what they train on and left out."""
+
+    train: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+
+
+def nll(logits: torch.Tensor, exposure: torch.Tensor, event: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of possibly censored remaining lengths.
+
+    Args:
+        logits: ``[..., n, bins]`` hazard logits.
+        exposure: ``[n, bins]`` fraction of each bin outlived.
+        event: ``[n, bins]`` one-hot bin the output ended in; all zero where censored.
+
+    Returns:
+        ``[..., n]`` nats, up to a constant.
+    """
+    rate = functional.softplus(logits)  # integral of the hazard over the bin
+    return (exposure * rate - event * torch.log(rate + 1e-12)).sum(dim=-1)
+
+
+class Ensemble(torch.nn.Module):
+    """``members`` two-layer networks evaluated as one batched product."""
+
+    def __init__(self, members: int, inputs: int, inner: int, prior: Array, recipe: Recipe) -> None:
+        super().__init__()
+        bins = len(prior)
+        self.w1 = torch.nn.Parameter(torch.randn(members, inputs, inner) * (2 / inputs) ** 0.5)
+        self.b1 = torch.nn.Parameter(torch.zeros(members, 1, inner))
+        self.w2 = torch.nn.Parameter(torch.randn(members, inner, bins) * 0.01)
+        self.b2 = torch.nn.Parameter(torch.tensor(prior, dtype=torch.float32).repeat(members, 1, 1))
+        self._recipe = recipe
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[n, inputs]`` to ``[members, n, bins]``."""
+        x = x.expand(self.w1.shape[0], -1, -1)
+        x = functional.dropout(x, self._recipe.input_dropout, self.training)
+        inner = torch.relu(torch.baddbmm(self.b1, x, self.w1))
+        inner = functional.dropout(inner, self._recipe.inner_dropout, self.training)
+        return torch.baddbmm(self.b2, inner, self.w2)
+
+
+def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weights, Curves]:
+    """Train, calibrate and return a head's tensors.
+
+    Args:
+        samples: requests to train on; validation folds are taken from among them.
+        recipe: hyperparameters and seed.
+        quiet: no progress on stderr.
+    """
+    generator = np.random.default_rng(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    requests = len(samples.rids)
+    width, inner = budget(samples.hidden.shape[1], requests)
+    width = recipe.width or width
+    mean, projection = dataset.whiten(samples.hidden, width)
+    x = dataset.columns(dataset.inputs(samples, mean, projection))
+    center, scale = x.mean(axis=0), x.std(axis=0)
+    # A feature that never varied was never learnt: it must not act when it varies in service.
+    gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 1e-6)
+    x = (x - center) * gain
+
+    edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
+    exposure, event = targets(samples, edges)
+    prior = _prior(exposure, event)
+    fold = generator.permutation(np.arange(requests) % MEMBERS)[samples.request]
+    model = Ensemble(MEMBERS, x.shape[1], inner, prior, recipe)
+    curves = _train(model, x, exposure, event, fold, recipe, quiet)
+
+    with torch.no_grad():
+        model.eval()
+        member_logits = model(torch.tensor(x)).numpy()
+    left_out = member_logits[fold, np.arange(len(fold))]
+    age_edges, age_quantiles = dataset.by_age(samples, np.array(QUANTILE_LEVELS))
+    w1, b1, w2, b2 = (p.detach().numpy() for p in (model.w1, model.b1, model.w2, model.b2))
+    weights = Weights(
+        mean=mean,
+        projection=projection,
+        w1=w1 * gain[:, None],
+        b1=b1 - (center * gain) @ w1[:, None],
+        w2=w2,
+        b2=b2,
+        edges=edges,
+        levels=calibrate(left_out, edges, samples),
+        age_edges=age_edges,
+        age_quantiles=age_quantiles,
+    )
+    return weights, curves
+
+
+def targets(samples: Samples, edges: Array) -> tuple[Array, Array]:
+    """Exposure and event, ``[n, bins]`` float32 each, as :func:`nll` wants them."""
+    remaining = samples.remaining.astype(np.float64)
+    exposure = hazard.exposure(remaining, edges)
+    event = np.zeros_like(exposure)
+    ended = ~samples.censored[samples.request]
+    index = np.clip(np.searchsorted(edges, remaining, side="right") - 1, 0, len(edges) - 2)
+    event[np.flatnonzero(ended), index[ended]] = 1.0
+    return exposure.astype(np.float32), event.astype(np.float32)
+
+
+def _prior(exposure: Array, event: Array) -> Array:
+    """Logits of the hazard regardless of inputs, smoothed by one event in all."""
+    rate = (event.sum(axis=0) + 1 / event.shape[1]) / (exposure.sum(axis=0) + 1.0)
+    return np.asarray(np.log(np.expm1(rate)))
+
+
+def calibrate(logits: Array, edges: Array, samples: Samples) -> Array:
+    """Level to read for each of ``QUANTILE_LEVELS``, from predictions of left-out requests."""
+    place = hazard.cdf(logits, edges, samples.remaining.astype(np.float64))
+    levels = dataset.survival_quantiles(
+        place, samples.censored[samples.request], np.array(QUANTILE_LEVELS)
+    )
+    return np.clip(np.maximum.accumulate(levels), 1e-3, 1 - 1e-3)
+
+
+def _train(
+    model: Ensemble,
+    x: Array,
+    exposure: Array,
+    event: Array,
+    fold: Array,
+    recipe: Recipe,
+    quiet: bool,
+) -> Curves:
+    """Train all members at once; leaves each at its best epoch."""
+    data = tuple(torch.tensor(a) for a in (x, exposure, event))
+    trains = torch.tensor(fold[None] != np.arange(MEMBERS)[:, None]).float()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [model.w1, model.w2], "weight_decay": recipe.weight_decay},
+            {"params": [model.b1, model.b2], "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate,
+    )
+    best = torch.full((MEMBERS,), float("inf"))
+    since = torch.zeros(MEMBERS)
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    curves = Curves()
+    for epoch in range(recipe.epochs):
+        model.train()
+        seen = 0.0
+        for rows in torch.randperm(len(x)).split(recipe.batch):
+            loss = _masked(model, data, rows, trains[:, rows]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen += float(loss.detach()) * len(rows) / len(x) / MEMBERS
+        model.eval()
+        with torch.no_grad():
+            left = _masked(model, data, torch.arange(len(x)), 1.0 - trains)
+        better = left < best
+        best = torch.where(better, left, best)
+        since = torch.where(better, 0.0, since + 1)
+        for name, parameter in model.named_parameters():
+            kept[name][better] = parameter.detach()[better]
+        curves.train.append(seen)
+        curves.held_out.append(float(left.mean()))
+        if not quiet:
+            print(
+                f"\repoch {epoch + 1}: left-out loss {float(best.mean()):.4f}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+        if bool((since >= recipe.patience).all()):
+            break
+    if not quiet:
+        print(file=sys.stderr)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(kept[name])
+    return curves
+
+
+def _masked(
+    model: Ensemble, data: tuple[Any, ...], rows: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Mean loss of each member over the rows of its mask, ``[members]``."""
+    x, exposure, event = (part[rows] for part in data)
+    losses = nll(model(x), exposure, event)
+    return (losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
