@@ -1,18 +1,18 @@
 """Every error STAR raises on purpose. Each says what to do next.
 
-    StarError
-    ├── ConfigError            a flag or file the user gave is wrong
-    │   └── HeadError          a predictor head is missing, damaged or for another model
-    ├── HookError              a hook into SGLang did not take effect, or SGLang is another version
-    ├── SetupError             the machine cannot run this (memory, disk, port, package)
-    ├── ProtocolError          bytes from a socket are not ours
-    │   ├── VersionMismatch    ... or are of another protocol version
-    │   └── MalformedMessage   ... or do not decode
-    ├── OrderRefused           a migration or drain order cannot be carried out
-    │   ├── UnknownRequest     no running request has that rid
-    │   └── NotMovable         the request uses a feature that cannot move
-    ├── PeerError              another instance is unreachable, dead or answered wrongly
-    └── IllegalTransition      a defect of ours: the state machine refused an event
+StarError
+├── ConfigError            a flag or file the user gave is wrong
+│   └── HeadError          a predictor head is missing, damaged or for another model
+├── HookError              a hook into SGLang did not take effect, or SGLang is another version
+├── SetupError             the machine cannot run this (memory, disk, port, package)
+├── ProtocolError          bytes from a socket are not ours
+│   ├── VersionMismatch    ... or are of another protocol version
+│   └── MalformedMessage   ... or do not decode
+├── OrderRefused           a migration or drain order cannot be carried out
+│   ├── UnknownRequest     no running request has that rid
+│   └── NotMovable         the request uses a feature that cannot move
+├── PeerError              another instance is unreachable, dead or answered wrongly
+└── IllegalTransition      a defect of ours: the state machine refused an event
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class StarError(Exception):
 
     def to_json(self) -> dict[str, dict[str, str]]:
         """The body every STAR endpoint answers an error with."""
-        return {
-            "error": {"type": type(self).__name__, "message": self.message, "hint": self.hint}
-        }
+        return {"error": {"type": type(self).__name__, "message": self.message, "hint": self.hint}}
 
 
 class ConfigError(StarError):

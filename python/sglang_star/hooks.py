@@ -75,6 +75,13 @@ HOOKS: tuple[Hook, ...] = (
         "the /star/* routes, before SGLang adds its API-key check",
     ),
     Hook(
+        Scope.SERVER,
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+        "before",
+        "sglang_star.endpoints:keep_latest_estimate",
+        "meta_info shows the latest estimate, not one for every token",
+    ),
+    Hook(
         Scope.SCHEDULER_ENTRY,
         _S + "__init__",
         "around",
@@ -125,6 +132,13 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         Scope.SCHEDULER,
+        _S + "send_abort_output",
+        "around",
+        _SCHED + "send_abort_output",
+        "a guest that its target aborts outside the output stream is reported to its home",
+    ),
+    Hook(
+        Scope.SCHEDULER,
         _S + "_poll_timeout_aborts",
         "after",
         _SCHED + "poll_timeout_aborts",
@@ -155,7 +169,7 @@ HOOKS: tuple[Hook, ...] = (
         Scope.SCHEDULER,
         "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
         "around",
-        _SCHED + "cumulate_penalty_output_tokens",
+        "sglang_star.migration.batch:cumulate_penalty_output_tokens",
         "log what each penalised request has accumulated, so that a target can repeat it",
     ),
     Hook(

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from sglang_star import config, hooks
 from sglang_star.config import StarConfig
 from sglang_star.errors import ConfigError, StarError
+from sglang_star.platform import is_portable_cpu
 
 ATTRIBUTE = "_star_config"
 """Where StarConfig rides on SGLang's ServerArgs; the underscore keeps it through pickling."""
@@ -21,6 +22,7 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
 
 def from_cli_args(server_args: Any, _cls: type, args: argparse.Namespace) -> Any:
     """AFTER ``ServerArgs.from_cli_args``: attach the configuration, or stop with its error."""
+    _choose_cpu(server_args)
     try:
         star = config.from_arguments(args)
         if star is not None:
@@ -51,10 +53,19 @@ def enable(server_args: Any, star: StarConfig | None = None) -> Any:
         HookError: SGLang is another version, or a hook did not take effect.
     """
     hooks.verify_version()
+    _choose_cpu(server_args)
     _refuse_unsupported(server_args)
     hooks.install(hooks.Scope.SERVER)
     setattr(server_args, ATTRIBUTE, star or StarConfig())
     return server_args
+
+
+def _choose_cpu(server_args: Any) -> None:
+    """Name the device on the portable CPU platform, where SGLang's own guess fails."""
+    from sglang.srt.platforms import current_platform
+
+    if server_args.device is None and is_portable_cpu(current_platform):
+        server_args.device = "cpu"
 
 
 def _refuse_unsupported(server_args: Any) -> None:

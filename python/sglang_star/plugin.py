@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 from sglang_star.errors import HookError
-from sglang_star.hooks import Scope, install as install_hooks
+from sglang_star.hooks import Scope
+from sglang_star.hooks import install as install_hooks
+from sglang_star.platform import is_portable_cpu
 
 
 def install() -> None:
@@ -18,15 +20,11 @@ def install() -> None:
     scopes = [Scope.LAUNCHER]
     if "sglang.srt.managers.scheduler" in sys.modules:
         scopes.append(Scope.SCHEDULER_ENTRY)
-        if _portable_cpu():
+        from sglang.srt.platforms import current_platform
+
+        if is_portable_cpu(current_platform):
             scopes.append(Scope.CPU)
     try:
         install_hooks(*scopes)
     except HookError as error:
         raise SystemExit(f"STAR: {error}") from error
-
-
-def _portable_cpu() -> bool:
-    from sglang.srt.platforms import current_platform
-
-    return type(current_platform).__module__ == "sglang_star.platform.cpu"

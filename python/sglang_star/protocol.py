@@ -216,43 +216,50 @@ class MigrationMessage(Message):
 
     Attributes:
         migration_id: unique per move.
-        home_incarnation, target_incarnation: a receiver drops a message that is not meant for
-            its present incarnation; 0 where the sender does not know it yet.
+        stream_id: unique per lease of a client's stream; given by its home and changed when home
+            takes the stream back, so that tokens of a former host are recognised as ghosts.
+        sender_incarnation, receiver_incarnation: a receiver drops a message that is not meant
+            for its present incarnation.
     """
 
     migration_id: str
-    home_incarnation: int
-    target_incarnation: int
+    stream_id: str
+    sender_incarnation: int
+    receiver_incarnation: int
 
 
 class Reserve(MigrationMessage):
-    """Home asks for a request slot and KV for ``reserve_tokens`` tokens.
+    """Source asks for a request slot on the target.
 
     Attributes:
-        home: where answers and tokens go.
+        source: where answers go; home: where tokens go.
         fingerprint: must equal the target's.
-        guest_rid: the rid the target shall use; never a prefix of another rid.
-        client_rid: the rid the client's instance knows; for telemetry.
-        request: the original tokenized request, msgpack, no pickled fields.
+        client_rid: the rid the client's instance knows; for telemetry and orders.
+        request: the original tokenized request, msgpack, without prompt and pickled fields.
+        prompt_ids: the prompt's token ids, little-endian int64.
         context_tokens: prompt plus output tokens at the time of asking.
-        transport: name of the carrier; transport_setup: what the carrier's receiving side needs.
+        max_new_tokens: the limit in force at home, after its own clamping.
+        moves: moves of this request so far.
+        reason: why the move was ordered.
+        transport: name of the carrier; transport_setup: what its receiving side needs.
     """
 
+    source: Peer
     home: Peer
     fingerprint: str
-    guest_rid: str
     client_rid: str
     request: bytes
+    prompt_ids: bytes
     context_tokens: int
-    reserve_tokens: int
+    max_new_tokens: int
+    moves: int
+    reason: str
     transport: str
     transport_setup: bytes
 
 
 class Reserved(MigrationMessage):
-    """Target holds the slot; ``transport_setup`` answers the carrier's."""
-
-    transport_setup: bytes = b""
+    """Target holds a slot for the request and has opened the carrier."""
 
 
 class Refused(MigrationMessage):
@@ -268,47 +275,61 @@ class PagesReady(MigrationMessage):
     start: int
     end: int
     slot: int
-    nbytes: int
 
 
 class PagesTaken(MigrationMessage):
-    """Target has copied them; home may reuse ``slot``."""
+    """Target has copied them; the source may reuse ``slot``."""
 
     end: int
     slot: int
 
 
+class MoveFacts(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What only the source knows about a move; see :class:`MoveReport` for the units."""
+
+    source: str
+    reason: str
+    context_tokens: int
+    precopied_tokens: int
+    transport_bytes: int
+    step_ms: float
+    started_at: float
+
+
 class Commit(MigrationMessage):
-    """The request is parked at home and everything the target still lacks is here.
+    """The request is parked at the source and everything the target still lacks is here.
 
     Attributes:
         committed_tokens: KV positions copied in all = prompt + output - 1.
         output_ids: all output tokens so far.
-        state: what else the request carries (see ``migration/state.py``), msgpack.
+        penalty_log: token ids its sampling penalties have accumulated so far, in order.
         predictor: fused predictor state, opaque to the protocol.
     """
 
     committed_tokens: int
     output_ids: tuple[int, ...]
-    state: bytes
-    predictor: bytes = b""
+    penalty_log: tuple[int, ...]
+    predictor: bytes
+    facts: MoveFacts
 
 
 class Inserted(MigrationMessage):
-    """The request decodes at the target from now on."""
+    """The request decodes at ``host`` from now on; sent to the source and to the home."""
+
+    host: Peer
+    facts: MoveFacts
 
 
 class TokenChunk(MigrationMessage):
-    """Tokens the target decoded for a guest.
+    """Tokens a host decoded for a guest, sent to its home.
 
     Attributes:
         index: position in the request's output of the first token of this chunk; a chunk whose
-            index is below what home already has is a duplicate, above it a gap.
+            index is below what home already has is a duplicate, above it early.
         token_ids: the new tokens.
-        details: logprobs and the like, msgpack, aligned with ``token_ids``.
+        details: logprobs and the like, msgpack, aligned with ``token_ids``; empty if none.
         remaining: estimate after the last token, at :data:`QUANTILE_LEVELS`.
         finished: JSON of SGLang's finish reason once the request is over, else empty.
-        step_ms: the target's latest step time.
     """
 
     index: int
@@ -316,21 +337,21 @@ class TokenChunk(MigrationMessage):
     details: bytes = b""
     remaining: tuple[float, ...] = ()
     finished: bytes = b""
-    step_ms: float = 0.0
 
 
 class Release(MigrationMessage):
-    """Home no longer wants the guest (abort, cancel, reclaim); target frees it and confirms."""
+    """The receiver shall drop what it holds of this stream: abort, cancel, reclaim, ghost."""
 
     reason: str
 
 
-class Released(MigrationMessage):
-    """Target holds nothing of this migration any more."""
-
-
 class Heartbeat(MigrationMessage):
-    """``migration_id`` is empty; lists the migrations the sender believes are live."""
+    """``migration_id`` and ``stream_id`` are empty.
+
+    Attributes:
+        live: streams the sender believes it shares with the receiver. A stream one side holds
+            and the other has not listed for the peer time-out is an orphan and is dropped.
+    """
 
     sender: Peer
     live: tuple[str, ...] = ()
@@ -353,7 +374,6 @@ AnyMessage = (
     | Inserted
     | TokenChunk
     | Release
-    | Released
     | Heartbeat
 )
 

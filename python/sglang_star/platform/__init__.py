@@ -15,3 +15,8 @@ def activate() -> str | None:
     if torch.cuda.is_available():
         return None
     return "sglang_star.platform.cpu.PortableCpuPlatform"
+
+
+def is_portable_cpu(platform: object) -> bool:
+    """Whether SGLang's current platform is ours."""
+    return type(platform).__module__ == "sglang_star.platform.cpu"

@@ -1,0 +1,401 @@
+"""STAR's part of one scheduler: what happens at every step boundary, in order."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from msgspec import structs
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_star import SGLANG_VERSION, __version__
+from sglang_star.config import StarConfig
+from sglang_star.errors import OrderRefused, StarError, UnknownRequest
+from sglang_star.migration.links import Links, Order, PeerLost
+from sglang_star.migration.pages import KvPages
+from sglang_star.migration.relay import Relay
+from sglang_star.migration.report import CLOCK, MoveLog
+from sglang_star.migration.source import Move, Source
+from sglang_star.migration.states import Home
+from sglang_star.migration.target import Guests
+from sglang_star.protocol import (
+    PROTOCOL_VERSION,
+    Advertisement,
+    Commit,
+    DrainOrder,
+    Heartbeat,
+    Inserted,
+    MigrateOrder,
+    OrderReply,
+    PagesReady,
+    PagesTaken,
+    Peer,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    StatusOrder,
+    TokenChunk,
+    UndrainOrder,
+)
+from sglang_star.status import ROLES, StatusReporter, StepTimer
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+DRAIN_RETRY_S = 0.2
+
+
+class Instance:
+    """Everything STAR keeps per scheduler.
+
+    Attributes:
+        advertisement: what ``/server_info`` shows under ``star``.
+    """
+
+    def __init__(self, scheduler: Scheduler, config: StarConfig) -> None:
+        args = scheduler.server_args
+        self._scheduler = scheduler
+        self._config = config
+        role = ROLES[scheduler.disaggregation_mode]
+        pages = KvPages(scheduler)
+        fingerprint = _fingerprint(scheduler, pages)
+        self._links = Links(
+            config.instance_id or f"{role}@{args.host}:{args.port}",
+            time.time_ns(),
+            host=config.host,
+            advertise_host=config.advertise_host or config.host,
+            migration_port=config.migration_port,
+            status_port=config.status_port,
+            heartbeat_s=config.heartbeat_s,
+            timeout_s=config.peer_timeout_s,
+        )
+        log = MoveLog()
+        self._log = log
+        self._timer = StepTimer()
+        self._relay = Relay(scheduler, self._links, timeout_s=config.peer_timeout_s, log=log)
+        self._guests = Guests(scheduler, pages, self._links, self._relay, config, fingerprint)
+        self._source = Source(
+            scheduler,
+            pages,
+            self._links,
+            self._relay,
+            log,
+            config,
+            fingerprint,
+            self._guests.handed_over,
+        )
+        self._pages = pages
+        self._status = StatusReporter(
+            scheduler,
+            self._links.peer,
+            pages,
+            self._source,
+            self._guests,
+            self._relay,
+            log,
+            self._timer,
+        )
+        self._next_status = 0.0
+        self._watched: frozenset[tuple[str, str]] = frozenset()
+        self._drain_targets: list[Peer] = []
+        self._drain_next = 0.0
+        self.advertisement = Advertisement(
+            protocol_version=PROTOCOL_VERSION,
+            star_version=__version__,
+            instance_id=self._links.peer.instance_id,
+            incarnation=self._links.peer.incarnation,
+            role=role,
+            status_address=self._links.status_address,
+            migration_address="" if role == "prefill" else self._links.peer.address,
+            fingerprint=fingerprint,
+            host_token=_host_token(),
+            predictor=config.predictor,
+        )
+        self.order_address = self._links.order_address
+        if scheduler.idle_sleeper is not None:
+            scheduler.idle_sleeper.poller.register(self._links.wake.fd)
+        logger.info(
+            "STAR %s: instance %s, status %s, migration %s",
+            __version__,
+            self._links.peer.instance_id,
+            self._links.status_address,
+            self._links.peer.address,
+        )
+
+    # ------------------------------------------------------------------ the step boundary
+
+    def tick(self) -> None:
+        """Handle what arrived, advance moves, publish; SGLang is between two steps."""
+        if self._links.inbox:
+            self._links.wake.clear()
+            while (item := self._links.take()) is not None:
+                self._handle(item)
+        if self._source.moves:
+            self._source.step()
+        if self._guests.by_stream:
+            self._guests.step()
+        if self._drain_targets:
+            self._drain()
+        self._relay.flush()
+        self._watch()
+        if time.monotonic() >= self._next_status:
+            self._next_status = time.monotonic() + self._config.status_interval_ms / 1e3
+            self._links.publish(self._status.snapshot())
+
+    def _handle(self, item: object) -> None:
+        try:
+            match item:
+                case TokenChunk():
+                    self._relay.on_chunk(item)
+                case PagesReady():
+                    self._guests.on_pages(item)
+                case PagesTaken():
+                    self._source.on_taken(item)
+                case Heartbeat():
+                    live = frozenset(item.live)
+                    self._relay.on_live(item.sender, live)
+                    self._guests.on_live(item.sender, live)
+                case Reserve():
+                    self._guests.on_reserve(item)
+                case Reserved():
+                    self._source.on_reserved(item)
+                case Refused():
+                    self._source.on_refused(item)
+                case Commit():
+                    self._guests.on_commit(item)
+                case Inserted():
+                    self._on_inserted(item)
+                case Release():
+                    self._guests.on_release(item)
+                case PeerLost():
+                    logger.warning("STAR lost %s: %s", item.peer.instance_id, item.why)
+                    self._source.on_lost(item.peer, item.why)
+                    self._guests.on_lost(item.peer, item.why)
+                    self._relay.on_lost(item.peer, item.why)
+                case Order():
+                    self._obey(item)
+        except StarError as error:
+            logger.warning("STAR ignores %s: %s", type(item).__name__, error)
+
+    def _on_inserted(self, message: Inserted) -> None:
+        if message.migration_id in self._source.moves:
+            self._source.on_inserted(message)
+        else:
+            self._relay.on_inserted(message)
+
+    def _watch(self) -> None:
+        """Tell the links thread whom to exchange heartbeats with, when that changed."""
+        pairs = {(s.host, s.stream_id) for s in self._relay.shadows.values()}
+        pairs |= {(m.target, m.stream_id) for m in self._source.moves.values()}
+        for guest in self._guests.by_stream.values():
+            if guest.reserve.home != self._links.peer:
+                pairs.add((guest.reserve.home, guest.reserve.stream_id))
+            if guest.arriving:
+                pairs.add((guest.reserve.source, guest.reserve.stream_id))
+        key = frozenset((peer.address, stream) for peer, stream in pairs)
+        if key == self._watched:
+            return
+        self._watched = key
+        peers: dict[str, tuple[Peer, frozenset[str]]] = {}
+        for peer, stream in pairs:
+            known = peers.get(peer.address, (peer, frozenset()))[1]
+            peers[peer.address] = (peer, known | {stream})
+        self._links.watch(peers)
+
+    # ------------------------------------------------------------------ orders
+
+    def _obey(self, order: Order) -> None:
+        message: Any = order.message
+        try:
+            payload = self._carry_out(message)
+        except StarError as error:
+            answer = OrderReply(
+                order_id=message.order_id,
+                error_type=type(error).__name__,
+                message=error.message,
+                hint=error.hint,
+            )
+        else:
+            answer = OrderReply(order_id=message.order_id, payload=payload)
+        self._links.reply(order, answer)
+
+    def _carry_out(self, message: object) -> bytes:
+        match message:
+            case StatusOrder():
+                return orjson.dumps(structs.asdict(self._status.snapshot()), default=structs.asdict)
+            case MigrateOrder():
+                move = self.migrate(message.rid, message.target, message.reason)
+                return orjson.dumps(
+                    {"migration_id": move.migration_id, "stream_id": move.stream_id}
+                )
+            case DrainOrder():
+                self._guests.draining = True
+                self._drain_targets = list(message.targets)
+                return orjson.dumps({"draining": True, "requests": len(self._movable())})
+            case UndrainOrder():
+                self._guests.draining = False
+                self._drain_targets = []
+                return orjson.dumps({"draining": False})
+        raise OrderRefused(f"unknown order {type(message).__name__}")
+
+    def migrate(self, rid: str, target: Peer, reason: str) -> Move:
+        """Start moving the request that its client knows as ``rid``.
+
+        Raises:
+            UnknownRequest: nothing of that name decodes here.
+            OrderRefused: it cannot move now.
+        """
+        if self._scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
+            raise OrderRefused("a prefill instance has no decoding requests to move")
+        for guest in self._guests.by_stream.values():
+            if guest.reserve.client_rid == rid and guest.req is not None and not guest.arriving:
+                return self._source.start(
+                    guest.req,
+                    rid,
+                    target,
+                    reason,
+                    step_ms=self._timer.ema_ms,
+                    guest_of=(guest.reserve.stream_id, guest.reserve.home),
+                )
+        for req in self._scheduler.running_batch.reqs:
+            if req.rid == rid and not req.finished():
+                return self._source.start(req, rid, target, reason, step_ms=self._timer.ema_ms)
+        for shadow in self._relay.shadows.values():
+            if shadow.req.rid == rid:
+                raise OrderRefused(
+                    f"{rid} decodes on {shadow.host.instance_id} now",
+                    hint="send the order to that instance",
+                )
+        raise UnknownRequest(
+            f"no request {rid!r} is decoding here", hint="see GET /star/status for those that are"
+        )
+
+    def _movable(self) -> list[tuple[Req, str]]:
+        names = {g.rid: g.reserve.client_rid for g in self._guests.by_stream.values()}
+        return [
+            (req, names.get(req.rid, req.rid))
+            for req in self._scheduler.running_batch.reqs
+            if not req.finished()
+        ]
+
+    def _drain(self) -> None:
+        """Start as many moves as are allowed, round-robin over the targets."""
+        if time.monotonic() < self._drain_next:
+            return
+        self._drain_next = time.monotonic() + DRAIN_RETRY_S
+        for _, rid in self._movable():
+            if len(self._source.moves) >= self._config.max_moves:
+                return
+            target = self._drain_targets.pop(0)
+            self._drain_targets.append(target)
+            try:
+                self.migrate(rid, target, "drain")
+            except StarError as error:
+                logger.debug("STAR cannot drain %s yet: %s", rid, error)
+
+    # ------------------------------------------------------------------ what the hooks ask
+
+    @property
+    def holds_kv_off_batch(self) -> bool:
+        """Whether KV is held that SGLang's accounting does not see."""
+        return any(g.arriving for g in self._guests.by_stream.values()) or any(
+            m.machine.state in (Home.PARKED, Home.COMMITTED) for m in self._source.moves.values()
+        )
+
+    def wait(self) -> None:
+        """Sleep until a message arrives or a short moment has passed."""
+        import select
+
+        select.select([self._links.wake.fd], [], [], 0.005)
+
+    def queued(self, req: Req, *, is_retracted: bool) -> bool:
+        """SGLang is about to queue ``req``; True if it is ours to keep."""
+        if is_retracted:
+            self._status.retractions += 1
+            # SGLang forgets accumulated penalties when it retracts; so must a later move.
+            req.__dict__.pop("_star_penalty_log", None)
+            return False
+        return self._guests.rebuilt(req)
+
+    def emit(self, reqs: list[Req]) -> list[Req]:
+        """Divert guests' output; return the requests whose clients are ours."""
+        own = reqs
+        if self._guests.by_rid:
+            own = [req for req in reqs if not self._guests.emit(req)]
+        for req in own:
+            if CLOCK in req.__dict__:
+                self._log.token(req)
+        return own
+
+    def aborted(self, rid: str, reason: dict[str, Any] | None) -> bool:
+        """SGLang ends a request outside the output stream; True if it was a guest."""
+        return self._guests.aborted_here(rid, reason)
+
+    def abort(self, wanted: Callable[[Req], bool], message: str | None) -> None:
+        """A client's abort, for requests that SGLang does not find in its batch."""
+        self._relay.abort(wanted, message)
+        for move in [m for m in self._source.moves.values() if wanted(m.req)]:
+            if move.machine.state in (Home.PARKED, Home.COMMITTED):
+                self._source.abort(move, "aborted")
+                move.req.finished_reason = FINISH_ABORT(message)
+                move.req.time_stats.set_completion_time()
+                self._scheduler.output_streamer.stream_output([move.req], move.req.return_logprob)
+
+    def overdue(self, started_before: float) -> list[str]:
+        """Rids of shadows whose forward started before that ``time.perf_counter()``."""
+        return [
+            shadow.req.rid
+            for shadow in self._relay.shadows.values()
+            if 0 < shadow.req.time_stats.forward_entry_time < started_before
+        ]
+
+    def decoded(self, *, steady: bool) -> None:
+        """A batch result was processed; ``steady`` if it was a decode step."""
+        if steady:
+            self._timer.decoded()
+        else:
+            self._timer.interrupted()
+
+
+def _fingerprint(scheduler: Scheduler, pages: KvPages) -> str:
+    """Equal between instances that may exchange requests."""
+    args, config = scheduler.server_args, scheduler.model_config
+    parts = [
+        __version__,
+        SGLANG_VERSION,
+        ROLES[scheduler.disaggregation_mode],
+        orjson.dumps(
+            config.hf_config.to_dict(),
+            option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS,
+            default=str,
+        ).decode(),
+        str(config.dtype),
+        str(args.quantization),
+        str(args.load_format),
+        str(args.random_seed) if args.load_format == "dummy" else "",
+        str(config.context_len),
+        str(scheduler.enable_overlap),
+        *pages.layout,
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _host_token() -> str:
+    """Equal between processes that can share memory."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+        memory = os.stat("/dev/shm")
+    except OSError:
+        return ""
+    return f"{boot}/{memory.st_dev}"

@@ -1,0 +1,143 @@
+"""Take a request out of SGLang's running batch and put it back, between two decode steps.
+
+Under overlap scheduling one decode step is in flight whenever the scheduler is at a step boundary:
+a request parked now still receives that step's token, and its KV is complete at the next boundary.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+PENALTY_LOG = "_star_penalty_log"
+_RESUMED = "_star_resumed"
+
+
+def completed_tokens(req: Req) -> int:
+    """Positions whose KV is written: all but the last token, which the next step feeds."""
+    return len(req.origin_input_ids) + len(req.output_ids) - 1
+
+
+def is_running(scheduler: Scheduler, req: Req) -> bool:
+    """Whether the request is in the running batch and will decode again."""
+    return not req.finished() and any(req is other for other in scheduler.running_batch.reqs)
+
+
+def park(scheduler: Scheduler, req: Req) -> None:
+    """Take the request out of the running batch; a step already in flight still counts."""
+    scheduler.running_batch.filter_batch(reqs_to_exclude=[req])
+    scheduler.running_batch.batch_is_full = False
+
+
+def is_settled(req: Req) -> bool:
+    """Whether no step of the parked request is in flight any more."""
+    return int(req.kv.kv_committed_len) == completed_tokens(req)
+
+
+def unpark(scheduler: Scheduler, req: Req, penalty_log: Iterable[int]) -> None:
+    """Put a request whose KV is complete into the running batch, without prefill.
+
+    Args:
+        scheduler: at a step boundary.
+        req: holds a row and KV for :func:`completed_tokens` positions.
+        penalty_log: tokens its penalties had accumulated, in order; repeated here exactly.
+    """
+    length = completed_tokens(req)
+    assert req.kv.kv_committed_len == length, "unpark needs complete KV"
+    req.refresh_fill_ids()
+    req.extend_end = length
+    batch = ScheduleBatch.init_new(
+        [req],
+        scheduler.req_to_token_pool,
+        scheduler.token_to_kv_pool_allocator,
+        scheduler.tree_cache,
+        scheduler.model_config,
+        scheduler.enable_overlap,
+        scheduler.spec_algorithm,
+    )
+    batch.prepare_for_prebuilt()
+    _repeat_penalties(batch, penalty_log)
+    setattr(req, PENALTY_LOG, array("q", penalty_log))
+    setattr(req, _RESUMED, scheduler.enable_overlap)
+    # A checkpoint here could swap the moved KV for an equal prefix computed in another batch
+    # shape; the tree gets it when the request ends, as for any other request.
+    barred, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
+    batch.process_prebuilt(scheduler.future_map)
+    req.skip_radix_cache_insert = barred
+    running = scheduler.running_batch
+    if running.is_empty():
+        scheduler.running_batch = batch
+    else:
+        running.merge_batch(batch)
+
+
+def requeue(scheduler: Scheduler, req: Req) -> None:
+    """Let SGLang recompute a request whose KV was lost with another instance.
+
+    An aggregated instance prefills prompt and output again (its own prefix cache often still has
+    most of it); a PD-decode instance cannot prefill, so the prefill instance does.
+    """
+    req.reset_for_retract()
+    if scheduler.disaggregation_mode == DisaggregationMode.DECODE:
+        if req.output_ids:
+            req.pd_rebootstrap_forced_output_id = req.output_ids.pop()
+        req.pd_rebootstrap_in_progress = True
+        req.time_stats.set_retract_time()
+        scheduler.disagg_decode_prealloc_queue.add(req, is_rebootstrap=True)
+    else:
+        scheduler._add_request_to_queue(req, is_retracted=True)
+
+
+def cumulate_penalty_output_tokens(original: Any, batch: ScheduleBatch) -> None:
+    """AROUND ``ScheduleBatch.cumulate_penalty_output_tokens``: same, logged per request.
+
+    Under overlap SGLang accumulates the token before the one in flight. A request that was just
+    unparked has nothing in flight, so its last token is hidden for this one call: the sequence of
+    accumulated tokens is then the one it would have had without the move.
+    """
+    hidden: list[tuple[Req, int]] = []
+    for req in batch.reqs:
+        if getattr(req, _RESUMED, False):
+            setattr(req, _RESUMED, False)
+            hidden.append((req, req.output_ids.pop()))
+    try:
+        for req in batch.reqs:
+            if _is_penalised(req):
+                log = getattr(req, PENALTY_LOG, None)
+                if log is None:
+                    log = array("q")
+                    setattr(req, PENALTY_LOG, log)
+                log.append(req.output_ids[-1] if req.output_ids else req.origin_input_ids[-1])
+        original(batch)
+    finally:
+        for req, token in hidden:
+            req.output_ids.append(token)
+
+
+def _is_penalised(req: Req) -> bool:
+    params = req.sampling_params
+    return bool(
+        params.frequency_penalty
+        or params.presence_penalty
+        or params.repetition_penalty != 1.0
+        or params.min_new_tokens
+    )
+
+
+def _repeat_penalties(batch: ScheduleBatch, log: Iterable[int]) -> None:
+    orchestrator = batch.sampling_info.penalizer_orchestrator
+    if not orchestrator.is_required:
+        return
+    for token in log:
+        orchestrator.cumulate_output_tokens(
+            torch.tensor([token], dtype=torch.int64, device=batch.device)
+        )

@@ -1,0 +1,149 @@
+"""What travels of a request, as bytes that need no unpickling.
+
+The request message is SGLang's own ``TokenizedGenerateReqInput``, a msgspec struct, stripped of
+every field that could carry an arbitrary object; a request that uses such a feature does not move
+(:func:`pinned`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import orjson
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+from sglang_star.errors import MalformedMessage
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+ORIGIN = "_star_origin"
+"""Attribute of a Req: the message it was created from."""
+
+
+class TokenDetails(msgspec.Struct, array_like=True, frozen=True):
+    """Log-probabilities of newly decoded tokens, one entry per token where requested."""
+
+    values: list[Any] = []
+    indices: list[Any] = []
+    top_values: list[Any] = []
+    top_indices: list[Any] = []
+    ids_values: list[Any] = []
+    ids_indices: list[Any] = []
+
+
+_request_decoder = msgspec.msgpack.Decoder(TokenizedGenerateReqInput)
+_details_decoder = msgspec.msgpack.Decoder(TokenDetails)
+
+
+def pinned(req: Req) -> str:
+    """Why this request cannot move; empty if it can."""
+    origin = getattr(req, ORIGIN, None)
+    params = req.sampling_params
+    reasons = (
+        (origin is None, "its original message is unknown"),
+        (req.multimodal_inputs is not None, "multimodal input"),
+        (req.session is not None or req.session_id is not None, "session"),
+        (req.beam_group is not None or (params.beam_width or 1) > 1, "beam search"),
+        (req.input_embeds is not None, "input_embeds"),
+        (req.positional_embed_overrides is not None, "embedding overrides"),
+        (req.custom_logit_processor is not None, "custom logit processor"),
+        (params.watermark is not None, "watermark"),
+        (req.lora_id is not None, "LoRA adapter"),
+        (bool(req.return_hidden_states), "return_hidden_states"),
+        (req.return_routed_experts or req.return_indexer_topk, "routing capture"),
+        (req.return_sampling_mask, "return_sampling_mask"),
+        (req.kv.holds_mamba, "recurrent state"),
+        (req.is_dllm(), "diffusion model"),
+    )
+    return next((text for condition, text in reasons if condition), "")
+
+
+def encode_request(req: Req) -> tuple[bytes, bytes]:
+    """Return the stripped message and the prompt's token ids."""
+    origin = getattr(req, ORIGIN)
+    stripped = msgspec.structs.replace(
+        origin,
+        rid=None,
+        http_worker_ipc=None,
+        input_text=None,
+        input_ids=None,
+        mm_inputs=None,
+        time_stats=None,
+        kv_hints=None,
+        sampling_params=req.sampling_params,
+    )
+    prompt = np.asarray(req.origin_input_ids, dtype="<i8").tobytes()
+    return msgspec.msgpack.encode(stripped), prompt
+
+
+def decode_request(data: bytes, prompt: bytes, rid: str) -> TokenizedGenerateReqInput:
+    """Rebuild the message under a new rid.
+
+    Raises:
+        MalformedMessage: the bytes are not such a message, or carry what never travels.
+    """
+    try:
+        message = _request_decoder.decode(data)
+        ids = np.frombuffer(prompt, dtype="<i8")
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise MalformedMessage(f"not a tokenized request: {error}") from error
+    forbidden = (
+        message.time_stats,
+        message.mm_inputs,
+        message.custom_logit_processor,
+        message.positional_embed_overrides,
+        message.input_embeds,
+        message.session_params,
+    )
+    if any(field is not None for field in forbidden) or not len(ids):
+        raise MalformedMessage("the tokenized request carries a field that never travels")
+    message.rid = rid
+    message.input_ids = array("q", ids.tolist())
+    return message
+
+
+def encode_details(req: Req, start: int, end: int) -> bytes:
+    """Log-probabilities of the tokens at list positions ``[start, end)``; empty if unwanted."""
+    if not req.return_logprob:
+        return b""
+    log = req.logprob
+    return msgspec.msgpack.encode(
+        TokenDetails(
+            log.output_token_logprobs_val[start:end],
+            log.output_token_logprobs_idx[start:end],
+            log.output_top_logprobs_val[start:end],
+            log.output_top_logprobs_idx[start:end],
+            log.output_token_ids_logprobs_val[start:end],
+            log.output_token_ids_logprobs_idx[start:end],
+        )
+    )
+
+
+def append_details(req: Req, data: bytes) -> None:
+    """Append what :func:`encode_details` took, at home.
+
+    Raises:
+        MalformedMessage: not such bytes.
+    """
+    if not data or not req.return_logprob:
+        return
+    try:
+        details = _details_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise MalformedMessage(f"not token details: {error}") from error
+    log = req.logprob
+    log.output_token_logprobs_val.extend(details.values)
+    log.output_token_logprobs_idx.extend(details.indices)
+    log.output_top_logprobs_val.extend(details.top_values)
+    log.output_top_logprobs_idx.extend(details.top_indices)
+    log.output_token_ids_logprobs_val.extend(details.ids_values)
+    log.output_token_ids_logprobs_idx.extend(details.ids_indices)
+
+
+def encode_finish(req: Req) -> bytes:
+    """SGLang's finish reason as JSON; empty while running."""
+    return orjson.dumps(req.finished_reason.to_json()) if req.finished() else b""

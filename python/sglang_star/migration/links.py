@@ -1,0 +1,319 @@
+"""Sockets to other instances, on a thread of their own.
+
+The scheduler thread never touches a socket: it appends to an outbox and takes from an inbox, so
+that a decode step costs two attribute reads when nothing happens, and heartbeats keep flowing
+while a long prefill or a slow step holds the scheduler.
+
+Each instance binds one PULL socket; peers connect PUSH sockets to it. Messages between two
+instances therefore arrive in the order they were sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import zmq
+
+from sglang_star.errors import ConfigError, ProtocolError
+from sglang_star.protocol import Heartbeat, Message, Peer, decode, encode
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 << 20
+SEND_HIGH_WATER_MARK = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Put into the inbox once when a watched peer is silent too long or has restarted."""
+
+    peer: Peer
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An order from this instance's HTTP process; answered with :meth:`Links.reply`."""
+
+    sender: bytes
+    message: Message
+
+
+class Wake:
+    """An eventfd: set by one thread, waited for by another thread's poller."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def set(self) -> None:
+        """Make :attr:`fd` readable."""
+        os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        """Make it unreadable again."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass
+
+
+class Links:
+    """All traffic of one instance: peers, status subscribers, and its own HTTP process.
+
+    Attributes:
+        inbox: messages, :class:`Order` and :class:`PeerLost`, taken by the scheduler thread.
+        peer: how others reach this instance; status_address, order_address: the other endpoints.
+        wake: readable while the inbox may hold something.
+        dropped: counts of bytes that were not understood, by error name.
+    """
+
+    def __init__(
+        self,
+        instance_id: str,
+        incarnation: int,
+        *,
+        host: str,
+        advertise_host: str,
+        migration_port: int,
+        status_port: int,
+        heartbeat_s: float,
+        timeout_s: float,
+    ) -> None:
+        self.inbox: deque[Message | Order | PeerLost] = deque()
+        self.wake = Wake()
+        self.dropped: Counter[str] = Counter()
+        self._heartbeat_s = heartbeat_s
+        self._timeout_s = timeout_s
+        self._context = zmq.Context(io_threads=1)
+        self._outbox: deque[tuple[str | bytes, bytes]] = deque()
+        self._outbox_wake = Wake()
+        self._lock = threading.Lock()
+        self._watched: dict[str, tuple[Peer, frozenset[str], float]] = {}
+        self._peers: dict[str, zmq.Socket[bytes]] = {}
+        self._blamed: set[str] = set()
+        self._closing = False
+        self._pull, port = self._bind(zmq.PULL, host, migration_port, "--star-migration-port")
+        self._pull.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._publisher, publish_port = self._bind(zmq.PUB, host, status_port, "--star-status-port")
+        self.peer = Peer(
+            instance_id=instance_id,
+            incarnation=incarnation,
+            address=f"tcp://{advertise_host}:{port}",
+        )
+        self.status_address = f"tcp://{advertise_host}:{publish_port}"
+        # Only this user may give orders: the socket lies in a folder of mode 0700.
+        self._folder = tempfile.mkdtemp(prefix="star-")
+        self.order_address = f"ipc://{self._folder}/orders"
+        self._orders: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._orders.setsockopt(zmq.LINGER, 0)
+        self._orders.bind(self.order_address)
+        self._thread = threading.Thread(target=self._run, name="star-links", daemon=True)
+        self._thread.start()
+
+    def _bind(self, kind: int, host: str, port: int, flag: str) -> tuple[zmq.Socket[bytes], int]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        try:
+            if port:
+                socket.bind(f"tcp://{host}:{port}")
+                return socket, port
+            return socket, socket.bind_to_random_port(f"tcp://{host}")
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"STAR cannot bind tcp://{host}:{port or '*'}: {error}",
+                hint=f"choose another {flag} or --star-host; 0 picks a free port",
+            ) from error
+
+    # ------------------------------------------------------------------ scheduler thread
+
+    def send(self, peer: Peer, message: Message) -> None:
+        """Queue a message; it is lost silently only if the peer is gone."""
+        self._outbox.append((peer.address, encode(message)))
+        self._outbox_wake.set()
+
+    def publish(self, message: Message) -> None:
+        """Queue a status for all subscribers."""
+        self._outbox.append(("", encode(message)))
+        self._outbox_wake.set()
+
+    def reply(self, order: Order, answer: Message) -> None:
+        """Answer an order."""
+        self._outbox.append((order.sender, encode(answer)))
+        self._outbox_wake.set()
+
+    def watch(self, peers: dict[str, tuple[Peer, frozenset[str]]]) -> None:
+        """Set the peers to exchange heartbeats with: address -> (peer, live stream ids)."""
+        now = time.monotonic()
+        with self._lock:
+            seen = {
+                address: last
+                for address, (peer, _, last) in self._watched.items()
+                if address in peers and peers[address][0].incarnation == peer.incarnation
+            }
+            self._watched = {
+                address: (peer, live, seen.get(address, now))
+                for address, (peer, live) in peers.items()
+            }
+        self._outbox_wake.set()
+
+    def take(self) -> Message | Order | PeerLost | None:
+        """Pop the oldest item of the inbox."""
+        try:
+            return self.inbox.popleft()
+        except IndexError:
+            return None
+
+    def close(self) -> None:
+        """Stop the thread and close every socket."""
+        self._closing = True
+        self._outbox_wake.set()
+        self._thread.join(timeout=2.0)
+
+    # ------------------------------------------------------------------ links thread
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._pull, zmq.POLLIN)
+        poller.register(self._orders, zmq.POLLIN)
+        poller.register(self._outbox_wake.fd, zmq.POLLIN)
+        next_beat = time.monotonic()
+        while not self._closing:
+            wait = max(0.0, next_beat - time.monotonic()) if self._watched else 1.0
+            poller.poll(min(wait, 1.0) * 1000)
+            self._flush()
+            self._receive()
+            self._receive_orders()
+            if time.monotonic() >= next_beat:
+                self._beat()
+                next_beat = time.monotonic() + self._heartbeat_s
+        for socket in (self._pull, self._publisher, self._orders, *self._peers.values()):
+            socket.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _flush(self) -> None:
+        self._outbox_wake.clear()
+        while self._outbox:
+            to, data = self._outbox.popleft()
+            try:
+                if isinstance(to, bytes):
+                    self._orders.send_multipart([to, data], zmq.NOBLOCK)
+                else:
+                    (self._connect(to) if to else self._publisher).send(data, zmq.NOBLOCK)
+            except zmq.ZMQError:
+                self.dropped["send"] += 1
+
+    def _connect(self, address: str) -> zmq.Socket[bytes]:
+        socket = self._peers.get(address)
+        if socket is None:
+            socket = self._context.socket(zmq.PUSH)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+            socket.connect(address)
+            self._peers[address] = socket
+        return socket
+
+    def _receive(self) -> None:
+        arrived = False
+        while True:
+            try:
+                data = self._pull.recv(zmq.NOBLOCK)
+            except zmq.ZMQError:
+                break
+            try:
+                message = decode(data)
+            except ProtocolError as error:
+                self._drop(error)
+                continue
+            if isinstance(message, Heartbeat):
+                self._hear(message)
+            self.inbox.append(message)
+            arrived = True
+        if arrived:
+            self.wake.set()
+
+    def _receive_orders(self) -> None:
+        while True:
+            try:
+                sender, *_, data = self._orders.recv_multipart(zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return
+            try:
+                self.inbox.append(Order(sender, decode(data)))
+            except ProtocolError as error:
+                self._drop(error)
+                continue
+            self.wake.set()
+
+    def _drop(self, error: ProtocolError) -> None:
+        kind = type(error).__name__
+        self.dropped[kind] += 1
+        if kind not in self._blamed:
+            self._blamed.add(kind)
+            logger.warning("STAR dropped bytes on its migration socket: %s", error)
+
+    def _hear(self, beat: Heartbeat) -> None:
+        sender = beat.sender
+        with self._lock:
+            watched = self._watched.get(sender.address)
+            if watched is not None and watched[0].incarnation == sender.incarnation:
+                self._watched[sender.address] = (watched[0], watched[1], time.monotonic())
+                return
+        # A peer that believes it has business with us while we do not know of any: an answer
+        # shows it our incarnation, so that it notices a restart at once instead of by time-out.
+        if beat.live:
+            self._outbox.append((sender.address, encode(self._heartbeat(sender, frozenset()))))
+            self._flush()
+        self._lose_former_incarnations(sender)
+
+    def _lose_former_incarnations(self, sender: Peer) -> None:
+        with self._lock:
+            former = [
+                (address, peer)
+                for address, (peer, _, _) in self._watched.items()
+                if peer.instance_id == sender.instance_id and peer.incarnation != sender.incarnation
+            ]
+            for address, _ in former:
+                del self._watched[address]
+        for _, peer in former:
+            self._lost(peer, "it has restarted")
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            watched = dict(self._watched)
+            silent = [
+                address for address, (_, _, last) in watched.items() if now - last > self._timeout_s
+            ]
+            for address in silent:
+                del self._watched[address]
+        for address, (peer, live, _) in watched.items():
+            if address in silent:
+                self._lost(peer, f"silent for {self._timeout_s:g} s")
+            else:
+                self._outbox.append((address, encode(self._heartbeat(peer, live))))
+        self._flush()
+
+    def _lost(self, peer: Peer, why: str) -> None:
+        socket = self._peers.pop(peer.address, None)
+        if socket is not None:
+            socket.close()
+        self.inbox.append(PeerLost(peer, why))
+        self.wake.set()
+
+    def _heartbeat(self, to: Peer, live: frozenset[str]) -> Heartbeat:
+        return Heartbeat(
+            migration_id="",
+            stream_id="",
+            sender_incarnation=self.peer.incarnation,
+            receiver_incarnation=to.incarnation,
+            sender=self.peer,
+            live=tuple(live),
+        )

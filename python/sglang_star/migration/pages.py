@@ -1,0 +1,137 @@
+"""A request's KV on this instance: rows, slots, and their bytes.
+
+Everything here happens between decode steps, on the scheduler thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from sgl_kernel_ext import as_token_rows, gather_kv, scatter_kv
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+class KvPages:
+    """KV memory of one scheduler.
+
+    Attributes:
+        page_size: tokens per KV page.
+        token_bytes: bytes of KV per token over all layers.
+        layout: what must be equal between two instances for their KV to be interchangeable.
+        unsupported: why KV of this pool cannot move; empty if it can.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._allocator = scheduler.token_to_kv_pool_allocator
+        self._rows_of = scheduler.req_to_token_pool
+        self._tree = scheduler.tree_cache
+        self.page_size: int = self._allocator.page_size
+        pool = self._allocator.get_kvcache()
+        buffers = _buffers(pool)
+        self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
+        self._rows = [as_token_rows(buffer) for buffer in buffers]
+        self.token_bytes = sum(int(row.shape[1]) for row in self._rows)
+        self.layout = [
+            f"{type(pool).__name__}",
+            f"{len(buffers)}x{self.token_bytes}",
+            f"page={self.page_size}",
+            *sorted({f"{buffer.dtype}{tuple(buffer.shape[1:])}" for buffer in buffers}),
+        ]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the pool holds in all."""
+        return int(self._allocator.size)
+
+    @property
+    def free(self) -> int:
+        """Tokens that could be allocated now, evicting cached prefixes if need be."""
+        return int(self._allocator.available_size()) + int(self._tree.evictable_size())
+
+    def gather(self, req: Req, start: int, end: int, out: torch.Tensor) -> None:
+        """Copy KV of positions ``[start, end)`` into ``out`` (uint8)."""
+        gather_kv(self._rows, self._slots(req, start, end), out)
+
+    def scatter(self, req: Req, start: int, end: int, source: torch.Tensor) -> None:
+        """Copy ``source`` into KV of positions ``[start, end)``."""
+        scatter_kv(self._rows, self._slots(req, start, end), source)
+
+    def reserve_row(self, req: Req) -> bool:
+        """Give the request a row of the request table; False if none is free."""
+        return self._rows_of.alloc([req]) is not None
+
+    def extend(self, req: Req, length: int) -> bool:
+        """Allocate KV so that the request holds positions ``[0, length)``; False if full.
+
+        A request without KV but with a row is extended from nothing.
+        """
+        held = req.kv.kv_allocated_len
+        delta = length - held
+        if delta <= 0:
+            return True
+        evict_from_tree_cache(self._tree, delta + self.page_size)
+        slots = self._allocate(req, held, length)
+        if slots is None:
+            return False
+        self._rows_of.write((req.kv.req_pool_idx, slice(held, length)), slots.to(torch.int32))
+        req.kv.kv_allocated_len = length
+        return True
+
+    def release(self, req: Req, *, keep_prefix: bool) -> None:
+        """Free row and KV; ``keep_prefix`` leaves the KV evictable in the prefix cache."""
+        if not req.kv.holds_kv:
+            return
+        if not keep_prefix:
+            # Nothing of it is committed output; SGLang frees by committed length.
+            req.kv.kv_committed_len = req.kv.kv_allocated_len
+        release_kv_cache(req, self._tree, checkpoint=keep_prefix)
+
+    def bind_to_root(self, req: Req) -> None:
+        """Make the request own its whole row, sharing no cached prefix."""
+        req.prefix_len = 0
+        req.last_node = self._tree.root_node_handle(req.extra_key)
+        req.last_host_node = req.last_node
+        req.best_match_node = req.last_node
+        req.lock = None
+        req.kv.cache_protected_len = 0
+        req.kv.cache_inserted_len = 0
+        req.num_matched_prefix_tokens = 0
+        req.host_hit_length = 0
+
+    def _slots(self, req: Req, start: int, end: int) -> torch.Tensor:
+        return self._rows_of.req_to_token[req.kv.req_pool_idx, start:end].to(torch.int64)
+
+    def _allocate(self, req: Req, held: int, length: int) -> torch.Tensor | None:
+        if self.page_size == 1:
+            slots: torch.Tensor | None = self._allocator.alloc(length - held)
+            return slots
+        device = self._allocator.device
+        last = self._slots(req, held - 1, held) if held else torch.tensor([-1], device=device)
+        before, after = torch.tensor([held]), torch.tensor([length])
+        slots = self._allocator.alloc_extend(
+            prefix_lens=before.to(device),
+            prefix_lens_cpu=before,
+            seq_lens=after.to(device),
+            seq_lens_cpu=after,
+            last_loc=last.to(device),
+            extend_num_tokens=length - held,
+        )
+        return slots
+
+
+def _buffers(pool: Any) -> list[torch.Tensor]:
+    """The per-layer tensors ``[slots, ...]`` of a pool whose layout we know, else nothing."""
+    if getattr(pool, "use_hnd", False):
+        return []
+    if type(pool) is MHATokenToKVPool:
+        return [*pool.k_buffer, *pool.v_buffer]
+    if type(pool) is MLATokenToKVPool:
+        return list(pool.kv_buffer)
+    return []

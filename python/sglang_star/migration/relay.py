@@ -1,0 +1,219 @@
+"""The home's side after a move: shadows of requests that decode elsewhere.
+
+A shadow keeps SGLang's own ``Req``: relayed tokens are appended to it exactly as if they had been
+decoded here and leave through SGLang's ordinary output path, so that nothing above the scheduler
+notices where they came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import orjson
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_star.migration import batch, codec
+from sglang_star.migration.links import Links
+from sglang_star.migration.report import MoveLog, clock
+from sglang_star.migration.states import Home, HomeEvent, Machine
+from sglang_star.protocol import Inserted, MoveFacts, MoveReport, Peer, Release, TokenChunk
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+ESTIMATE = "_star_estimate"
+"""Attribute of a Req: remaining output tokens at ``QUANTILE_LEVELS``."""
+MOVES = "_star_moves"
+"""Attribute of a Req: how many times it has moved."""
+
+
+@dataclass(slots=True)
+class Shadow:
+    """A request of ours that decodes at ``host``.
+
+    Attributes:
+        confirmed_at: when the host last said that it holds the stream.
+        early: chunks that overtook another host's last ones, by index.
+    """
+
+    req: Req
+    stream_id: str
+    migration_id: str
+    host: Peer
+    machine: Machine[Home, HomeEvent]
+    confirmed_at: float
+    early: dict[int, TokenChunk] = field(default_factory=dict)
+
+
+class Relay:
+    """All shadows of this instance."""
+
+    def __init__(
+        self, scheduler: Scheduler, links: Links, log: MoveLog, *, timeout_s: float
+    ) -> None:
+        self.shadows: dict[str, Shadow] = {}
+        self._scheduler = scheduler
+        self._links = links
+        self._log = log
+        self._timeout_s = timeout_s
+        self._fresh: list[Req] = []
+
+    # ------------------------------------------------------------------ a stream leaves, returns
+
+    def adopt(self, shadow: Shadow, facts: MoveFacts) -> None:
+        """The request just left this instance; its KV is already given back."""
+        self.shadows[shadow.stream_id] = shadow
+        self._arrived(shadow.req, shadow.migration_id, shadow.host, facts)
+
+    def returned(self, shadow: Shadow, migration_id: str, facts: MoveFacts) -> None:
+        """The request decodes here again."""
+        shadow.machine.fire(HomeEvent.RETURN)
+        del self.shadows[shadow.stream_id]
+        self._arrived(shadow.req, migration_id, self._links.peer, facts)
+
+    def on_inserted(self, message: Inserted) -> None:
+        """A former host handed the stream to another one."""
+        shadow = self.shadows.get(message.stream_id)
+        if shadow is None:
+            # The stream ended or was reclaimed meanwhile: the new host holds a ghost.
+            self._release(message.stream_id, message.migration_id, message.host, "stream is over")
+            return
+        shadow.host = message.host
+        shadow.migration_id = message.migration_id
+        shadow.confirmed_at = time.monotonic()
+        self._arrived(shadow.req, message.migration_id, message.host, message.facts)
+
+    # ------------------------------------------------------------------ tokens
+
+    def on_chunk(self, chunk: TokenChunk) -> None:
+        """Append a chunk, and those that it lets in."""
+        shadow = self.shadows.get(chunk.stream_id)
+        if shadow is None:
+            return
+        have = len(shadow.req.output_ids)
+        if chunk.index > have:
+            shadow.early[chunk.index] = chunk
+            return
+        if chunk.index < have and not (
+            chunk.finished and chunk.index + len(chunk.token_ids) == have
+        ):
+            return
+        self._append(shadow, chunk)
+        following = shadow.early.pop(len(shadow.req.output_ids), None)
+        if following is not None:
+            self.on_chunk(following)
+
+    def flush(self) -> None:
+        """Send what arrived in this tick to the clients."""
+        if self._fresh:
+            fresh, self._fresh = self._fresh, []
+            self._scheduler.output_streamer.stream_output(
+                fresh, any(req.return_logprob for req in fresh)
+            )
+
+    def _append(self, shadow: Shadow, chunk: TokenChunk) -> None:
+        req = shadow.req
+        processor = self._scheduler.batch_result_processor
+        codec.append_details(req, chunk.details)
+        for token in chunk.token_ids:
+            req.output_ids.append(token)
+            req.time_stats.set_last_decode_finish_time()
+            processor._maybe_update_reasoning_tokens(req, [token])
+            req.update_finish_state(1)
+            if req.grammar is not None:
+                processor._accept_grammar_tokens(req, [token])
+                req.grammar.finished = req.finished()
+        setattr(req, ESTIMATE, chunk.remaining)
+        if chunk.finished and not req.finished():
+            reason = orjson.loads(chunk.finished)
+            req.finished_reason = FINISH_ABORT(
+                reason.get("message"), reason.get("status_code"), reason.get("err_type")
+            )
+        if req.finished():
+            self._end(shadow, HomeEvent.FINISH)
+            if not chunk.finished:
+                self._release(shadow.stream_id, shadow.migration_id, shadow.host, "finished")
+        self._fresh.append(req)
+
+    def _end(self, shadow: Shadow, event: HomeEvent) -> None:
+        shadow.machine.fire(event)
+        shadow.req.time_stats.set_completion_time()
+        del self.shadows[shadow.stream_id]
+
+    # ------------------------------------------------------------------ abort, loss
+
+    def abort(self, wanted: Callable[[Req], bool], message: str | None) -> None:
+        """End every shadow that ``wanted`` names, here and at its host."""
+        for shadow in [s for s in self.shadows.values() if wanted(s.req)]:
+            shadow.req.finished_reason = FINISH_ABORT(message)
+            self._end(shadow, HomeEvent.ABORT)
+            self._release(shadow.stream_id, shadow.migration_id, shadow.host, "aborted")
+            self._fresh.append(shadow.req)
+        self.flush()
+
+    def on_live(self, peer: Peer, live: frozenset[str]) -> None:
+        """A host told which streams it holds; reclaim what it has not held for too long."""
+        now = time.monotonic()
+        for shadow in list(self.shadows.values()):
+            if shadow.host != peer:
+                continue
+            if shadow.stream_id in live:
+                shadow.confirmed_at = now
+            elif now - shadow.confirmed_at > self._timeout_s:
+                self.reclaim(shadow, "its host no longer holds it")
+
+    def on_lost(self, peer: Peer, why: str) -> None:
+        """A host is gone: its streams go on here."""
+        for shadow in [s for s in self.shadows.values() if s.host == peer]:
+            self.reclaim(shadow, why)
+
+    def reclaim(self, shadow: Shadow, why: str) -> None:
+        """Take a stream back and let SGLang recompute its KV."""
+        req = shadow.req
+        logger.warning(
+            "STAR reclaims %s from %s at token %d: %s",
+            req.rid,
+            shadow.host.instance_id,
+            len(req.output_ids),
+            why,
+        )
+        shadow.machine.fire(HomeEvent.RECLAIM)
+        del self.shadows[shadow.stream_id]
+        self._release(shadow.stream_id, shadow.migration_id, shadow.host, "reclaimed")
+        self._log.add(
+            MoveReport(
+                migration_id=shadow.migration_id,
+                rid=req.rid,
+                source=shadow.host.instance_id,
+                target=self._links.peer.instance_id,
+                outcome="reclaimed",
+                detail=why,
+                output_tokens=len(req.output_ids),
+                started_at=time.time(),
+                finished_at=time.time(),
+            )
+        )
+        batch.requeue(self._scheduler, req)
+
+    def _release(self, stream_id: str, migration_id: str, host: Peer, reason: str) -> None:
+        self._links.send(
+            host,
+            Release(
+                migration_id=migration_id,
+                stream_id=stream_id,
+                sender_incarnation=self._links.peer.incarnation,
+                receiver_incarnation=host.incarnation,
+                reason=reason,
+            ),
+        )
+
+    def _arrived(self, req: Req, migration_id: str, host: Peer, facts: MoveFacts) -> None:
+        setattr(req, MOVES, getattr(req, MOVES, 0) + 1)
+        clock(req).arrival = (migration_id, host.instance_id, facts)

@@ -1,0 +1,93 @@
+"""How moves went: what the client noticed of each, kept for telemetry."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang_star.protocol import MoveFacts, MoveReport
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+CLOCK = "_star_clock"
+"""Attribute of a Req that moves or has moved: its :class:`MoveClock`."""
+
+RECENT_S = 10.0
+KEPT = 256
+
+
+@dataclass(slots=True)
+class MoveClock:
+    """When a client last got a token, and the move whose stall its next token ends.
+
+    Attributes:
+        last_token_at: monotonic seconds.
+        arrival: (migration id, target, facts) of a move whose first token is still to come.
+    """
+
+    last_token_at: float
+    arrival: tuple[str, str, MoveFacts] | None = None
+
+
+def clock(req: Req) -> MoveClock:
+    """The request's clock, started now if it has none."""
+    found = getattr(req, CLOCK, None)
+    if found is None:
+        found = MoveClock(time.monotonic())
+        setattr(req, CLOCK, found)
+    return found
+
+
+class MoveLog:
+    """Reports of the latest moves.
+
+    Attributes:
+        reports: newest last, at most :data:`KEPT`.
+        outcomes: counts since start, by outcome.
+    """
+
+    def __init__(self) -> None:
+        self.reports: deque[MoveReport] = deque(maxlen=KEPT)
+        self.outcomes: Counter[str] = Counter()
+
+    def add(self, report: MoveReport) -> None:
+        """Keep one report."""
+        self.reports.append(report)
+        self.outcomes[report.outcome] += 1
+
+    def recent(self) -> tuple[MoveReport, ...]:
+        """Reports of the last :data:`RECENT_S` seconds."""
+        horizon = time.time() - RECENT_S
+        return tuple(report for report in self.reports if report.finished_at >= horizon)
+
+    def token(self, req: Req) -> None:
+        """A client of ours got new tokens of a request that has a clock."""
+        ticking: MoveClock = getattr(req, CLOCK)
+        now = time.monotonic()
+        gap_s, ticking.last_token_at = now - ticking.last_token_at, now
+        if ticking.arrival is None:
+            return
+        (migration_id, target, facts), ticking.arrival = ticking.arrival, None
+        stall_ms = max(0.0, gap_s * 1e3 - facts.step_ms)
+        self.add(
+            MoveReport(
+                migration_id=migration_id,
+                rid=req.rid,
+                source=facts.source,
+                target=target,
+                outcome="moved",
+                reason=facts.reason,
+                context_tokens=facts.context_tokens,
+                precopied_tokens=facts.precopied_tokens,
+                output_tokens=len(req.output_ids),
+                stall_ms=stall_ms,
+                stall_steps=stall_ms / facts.step_ms if facts.step_ms else 0.0,
+                step_ms=facts.step_ms,
+                transport_bytes=facts.transport_bytes,
+                started_at=facts.started_at,
+                finished_at=time.time(),
+            )
+        )

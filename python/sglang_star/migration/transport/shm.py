@@ -1,0 +1,108 @@
+"""Shared memory: for instances on one machine.
+
+The segment is an unlinked file as soon as both sides have it open, so that nothing is left behind
+when either process dies.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import secrets
+
+import msgspec
+import torch
+
+from sglang_star.errors import PeerError
+from sglang_star.migration.transport.base import Carrier
+
+_FOLDER = "/dev/shm"
+_NAME = re.compile(r"star-[0-9a-f]{32}")
+_MAX_BYTES = 1 << 34
+
+
+class _Setup(msgspec.Struct, array_like=True, frozen=True):
+    name: str
+    slots: int
+    slot_bytes: int
+
+
+class SharedMemoryCarrier(Carrier):
+    """Slots in one mapped file."""
+
+    name = "shm"
+
+    def __init__(self, file: str, descriptor: int, slots: int, slot_bytes: int) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.setup = msgspec.msgpack.encode(_Setup(os.path.basename(file), slots, slot_bytes))
+        self._file: str | None = file
+        self._map: mmap.mmap | None = mmap.mmap(descriptor, slots * slot_bytes)
+        self._tensor: torch.Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    @classmethod
+    def send(cls, slots: int, slot_bytes: int) -> SharedMemoryCarrier:
+        """Create the segment; see :class:`Carrier`."""
+        file = f"{_FOLDER}/star-{secrets.token_hex(16)}"
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, slots * slot_bytes)
+                return cls(file, descriptor, slots, slot_bytes)
+            except OSError:
+                os.unlink(file)
+                raise
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise PeerError(
+                f"no shared memory for {slots * slot_bytes / 1e6:.0f} MB: {error}",
+                hint="enlarge /dev/shm, or lower --star-copy-tokens-per-step",
+            ) from error
+
+    @classmethod
+    def receive(cls, setup: bytes) -> SharedMemoryCarrier:
+        """Map the sender's segment; see :class:`Carrier`."""
+        try:
+            wanted = msgspec.msgpack.decode(setup, type=_Setup)
+        except msgspec.MsgspecError as error:
+            raise PeerError(f"malformed shared-memory setup: {error}") from error
+        size = wanted.slots * wanted.slot_bytes
+        if not _NAME.fullmatch(wanted.name) or not 0 < size <= _MAX_BYTES:
+            raise PeerError("malformed shared-memory setup")
+        file = f"{_FOLDER}/{wanted.name}"
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError as error:
+            raise PeerError(
+                f"the sender's shared memory is not reachable: {error}",
+                hint="both instances must run on one machine and share /dev/shm",
+            ) from error
+        try:
+            if os.fstat(descriptor).st_size != size:
+                raise PeerError("the sender's shared memory has another size")
+            carrier = cls(file, descriptor, wanted.slots, wanted.slot_bytes)
+            carrier._file = None
+            return carrier
+        finally:
+            os.close(descriptor)
+
+    def slot(self, index: int) -> torch.Tensor:
+        """See :class:`Carrier`."""
+        if self._tensor is None or not 0 <= index < self.slots:
+            raise PeerError(f"no slot {index}")
+        return self._tensor[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+    def connected(self) -> None:
+        """Remove the name; both mappings stay."""
+        if self._file is not None:
+            os.unlink(self._file)
+            self._file = None
+
+    def close(self) -> None:
+        """See :class:`Carrier`."""
+        self.connected()
+        # The mapping goes with the last tensor that views it.
+        self._tensor = None
+        self._map = None

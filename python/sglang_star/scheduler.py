@@ -1,0 +1,138 @@
+"""The functions that ``hooks.HOOKS`` attaches to SGLang's scheduler: thin, each one decision."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from sglang_star import hooks
+from sglang_star.errors import StarError
+from sglang_star.launch import ATTRIBUTE
+
+_INSTANCE = "_star"
+
+
+def init(original: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND ``Scheduler.__init__``: without ``--star`` exactly the original."""
+    config = getattr(server_args, ATTRIBUTE, None)
+    if config is None:
+        original(scheduler, server_args, *args, **kwargs)
+        return
+    setattr(scheduler, _INSTANCE, None)
+    try:
+        hooks.verify_version()
+        hooks.install(hooks.Scope.SCHEDULER)
+        original(scheduler, server_args, *args, **kwargs)
+        from sglang_star.instance import Instance
+
+        setattr(scheduler, _INSTANCE, Instance(scheduler, config))
+    except StarError as error:
+        # SystemExit passes SGLang's own handler, so that ours is the last readable line.
+        print(f"STAR: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """AFTER ``Scheduler.get_init_info``."""
+    from msgspec import structs
+
+    star = getattr(scheduler, _INSTANCE)
+    info["star"] = structs.asdict(star.advertisement)
+    info["star_order_address"] = star.order_address
+    return info
+
+
+def get_output_streamer_class(base: Any, scheduler: Any) -> Any:
+    """AFTER ``Scheduler.get_output_streamer_class``: a subclass that diverts and annotates."""
+
+    class StarOutputStreamer(base):  # type: ignore[misc]
+        """SGLang's streamer, which sees only requests whose clients are ours."""
+
+        __slots__ = ()
+        has_additional_customized_info = True
+
+        def stream_output(self, reqs: Any, return_logprob: bool, skip_req: Any = None) -> None:
+            star = getattr(scheduler, _INSTANCE)
+            own = star.emit(reqs) if star is not None else reqs
+            if own or not reqs:
+                base.stream_output(self, own, return_logprob, skip_req)
+
+        def build_additional_customized_info(self, reqs: Any) -> dict[str, list[Any]]:
+            estimates = [getattr(req, "_star_estimate", ()) for req in reqs]
+            if not any(estimates):
+                return {}
+            return {"star_remaining": [[tuple(e)] if e else [] for e in estimates]}
+
+    return StarOutputStreamer
+
+
+def ingest_requests(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``Scheduler.ingest_requests``."""
+    getattr(scheduler, _INSTANCE).tick()
+
+
+def create_generation_req(
+    req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AFTER ``Scheduler._create_generation_req``."""
+    req._star_origin = recv_req
+
+
+def add_request_to_queue(
+    original: Any, scheduler: Any, req: Any, is_retracted: bool = False
+) -> None:
+    """AROUND ``Scheduler._add_request_to_queue``."""
+    star = getattr(scheduler, _INSTANCE)
+    if star is None or not star.queued(req, is_retracted=is_retracted):
+        original(scheduler, req, is_retracted)
+
+
+def abort_request(scheduler: Any, recv_req: Any) -> None:
+    """BEFORE ``Scheduler.abort_request``."""
+
+    def wanted(req: Any) -> bool:
+        return bool(recv_req.abort_all or req.rid.startswith(recv_req.rid))
+
+    getattr(scheduler, _INSTANCE).abort(wanted, recv_req.abort_message)
+
+
+def send_abort_output(original: Any, scheduler: Any, abort_req: Any, req: Any) -> None:
+    """AROUND ``Scheduler.send_abort_output``."""
+    star = getattr(scheduler, _INSTANCE)
+    if star is None or not star.aborted(req.rid, abort_req.finished_reason):
+        original(scheduler, abort_req, req)
+
+
+def poll_timeout_aborts(aborts: list[Any], scheduler: Any) -> list[Any]:
+    """AFTER ``Scheduler._poll_timeout_aborts``: SGLang's own limit, for shadows too."""
+    from sglang.srt.environ import envs
+    from sglang.srt.managers.io_struct import AbortReq
+
+    limit_s = envs.SGLANG_REQ_RUNNING_TIMEOUT.get()
+    if limit_s > 0:
+        for rid in getattr(scheduler, _INSTANCE).overdue(time.perf_counter() - limit_s):
+            aborts.append(AbortReq(rid=rid, abort_message="Request running timeout reached."))
+    return aborts
+
+
+def is_fully_idle(idle: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
+    """AFTER ``Scheduler.is_fully_idle``."""
+    star = getattr(scheduler, _INSTANCE)
+    return idle and (star is None or not star.holds_kv_off_batch)
+
+
+def on_idle(original: Any, scheduler: Any) -> None:
+    """AROUND ``Scheduler.on_idle``."""
+    star = getattr(scheduler, _INSTANCE)
+    star.decoded(steady=False)
+    if star.holds_kv_off_batch:
+        star.wait()
+    else:
+        original(scheduler)
+
+
+def process_batch_result(original: Any, scheduler: Any, batch: Any, result: Any) -> None:
+    """AROUND ``Scheduler.process_batch_result``."""
+    original(scheduler, batch, result)
+    getattr(scheduler, _INSTANCE).decoded(steady=batch.forward_mode.is_decode())

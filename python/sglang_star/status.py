@@ -1,0 +1,162 @@
+"""What this instance tells the fleet: its load, and every request's length and estimate."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sglang.srt.disaggregation.utils import DisaggregationMode
+
+from sglang_star.migration import codec
+from sglang_star.migration.pages import KvPages
+from sglang_star.migration.relay import ESTIMATE, MOVES, Relay
+from sglang_star.migration.report import MoveLog
+from sglang_star.migration.source import Source
+from sglang_star.migration.target import Guests
+from sglang_star.protocol import InstanceStatus, Peer, RequestStatus
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+EMA_WEIGHT = 0.1
+WINDOW = 256
+
+ROLES = {
+    DisaggregationMode.NULL: "aggregated",
+    DisaggregationMode.PREFILL: "prefill",
+    DisaggregationMode.DECODE: "decode",
+}
+
+
+class StepTimer:
+    """Time from one decode result to the next, while decoding without interruption.
+
+    Attributes:
+        ema_ms: exponential mean; p99_ms: over the last :data:`WINDOW` steps.
+    """
+
+    def __init__(self) -> None:
+        self.ema_ms = 0.0
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._last: float | None = None
+
+    def decoded(self) -> None:
+        """A decode step's result is in."""
+        now = time.monotonic()
+        if self._last is not None:
+            step_ms = (now - self._last) * 1e3
+            self._recent.append(step_ms)
+            self.ema_ms += (step_ms - self.ema_ms) * (EMA_WEIGHT if self.ema_ms else 1.0)
+        self._last = now
+
+    def interrupted(self) -> None:
+        """The next decode result does not follow a decode step."""
+        self._last = None
+
+    @property
+    def p99_ms(self) -> float:
+        """P99 of the recent steps; 0 before the first."""
+        return float(np.percentile(self._recent, 99)) if self._recent else 0.0
+
+
+class StatusReporter:
+    """Builds :class:`InstanceStatus` from the scheduler as it stands."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        peer: Peer,
+        pages: KvPages,
+        source: Source,
+        guests: Guests,
+        relay: Relay,
+        log: MoveLog,
+        timer: StepTimer,
+    ) -> None:
+        self._scheduler = scheduler
+        self._peer = peer
+        self._pages = pages
+        self._source = source
+        self._guests = guests
+        self._relay = relay
+        self._log = log
+        self._timer = timer
+        self._sequence = 0
+        self.retractions = 0
+
+    def snapshot(self) -> InstanceStatus:
+        """The status now; every call has a new sequence number."""
+        self._sequence += 1
+        scheduler = self._scheduler
+        running = [self._describe(req, queued=False) for req in self._running()]
+        queued = [self._describe(req, queued=True) for req in self._queued()]
+        arriving = [g.req for g in self._guests.by_stream.values() if g.arriving and g.req]
+        return InstanceStatus(
+            instance_id=self._peer.instance_id,
+            incarnation=self._peer.incarnation,
+            sequence=self._sequence,
+            role=ROLES[scheduler.disaggregation_mode],
+            wall_s=time.time(),
+            monotonic_s=time.monotonic(),
+            step_ms_ema=self._timer.ema_ms,
+            step_ms_p99=self._timer.p99_ms,
+            kv_capacity_tokens=self._pages.capacity,
+            kv_used_tokens=max(0, self._pages.capacity - self._pages.free),
+            kv_reserved_tokens=sum(int(req.kv.kv_allocated_len) for req in arriving),
+            running=len(running),
+            queued=len(queued),
+            retracted=len(self._retracted()),
+            retractions=self.retractions,
+            draining=self._guests.draining,
+            requests=(*running, *queued),
+            recent_moves=self._log.recent(),
+        )
+
+    def _running(self) -> Iterator[Req]:
+        seen: set[int] = set()
+        parked = (move.req for move in self._source.moves.values())
+        last = self._scheduler.last_batch
+        batches = [self._scheduler.running_batch.reqs, last.reqs if last else (), parked]
+        for reqs in batches:
+            for req in reqs:
+                if id(req) not in seen and not req.finished() and req.kv.holds_kv:
+                    seen.add(id(req))
+                    yield req
+
+    def _queued(self) -> Iterator[Req]:
+        scheduler = self._scheduler
+        yield from scheduler.waiting_queue
+        yield from self._retracted()
+        if scheduler.disaggregation_mode == DisaggregationMode.DECODE:
+            for queue in (
+                scheduler.disagg_decode_prealloc_queue,
+                scheduler.disagg_decode_transfer_queue,
+            ):
+                yield from (waiting.req for waiting in queue.queue)
+        elif scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
+            yield from scheduler.disagg_prefill_bootstrap_queue.queue
+
+    def _retracted(self) -> list[Req]:
+        if self._scheduler.disaggregation_mode == DisaggregationMode.DECODE:
+            return list(self._scheduler.disagg_decode_prealloc_queue.retracted_queue)
+        return []
+
+    def _describe(self, req: Req, *, queued: bool) -> RequestStatus:
+        guest = self._guests.by_rid.get(req.rid)
+        move = next((m for m in self._source.moves.values() if m.req is req), None)
+        return RequestStatus(
+            rid=guest.reserve.client_rid if guest else req.rid,
+            prompt_tokens=len(req.origin_input_ids),
+            output_tokens=len(req.output_ids),
+            max_new_tokens=req.sampling_params.max_new_tokens,
+            remaining=tuple(getattr(req, ESTIMATE, ())),
+            home=(guest.reserve.home if guest else self._peer).instance_id,
+            state=move.machine.state.value if move else "running",
+            pinned=self._pages.unsupported or codec.pinned(req),
+            moves=getattr(req, MOVES, 0),
+            queued=queued,
+        )

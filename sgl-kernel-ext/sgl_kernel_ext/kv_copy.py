@@ -1,0 +1,52 @@
+"""KV copy operators: the portable torch implementation, which is also the reference.
+
+A *token row* is the KV of one token in one buffer (one layer's K or V) as raw bytes. Working on
+bytes keeps every dtype exact, quantised caches included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def as_token_rows(buffer: torch.Tensor) -> torch.Tensor:
+    """View a KV buffer ``[slots, ...]`` as bytes ``[slots, row_bytes]``, without copying.
+
+    Raises:
+        ValueError: the buffer is not contiguous, so that a row is not one piece of memory.
+    """
+    if not buffer.is_contiguous():
+        raise ValueError("KV buffer is not contiguous")
+    return buffer.view(torch.uint8).view(buffer.shape[0], -1)
+
+
+def gather_kv(rows: Sequence[torch.Tensor], slots: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy tokens out of the pool.
+
+    Args:
+        rows: the pool's buffers as token rows, each uint8 ``[pool_slots, row_bytes_i]``.
+        slots: int64 ``[n]`` on the pool's device, the tokens' slots in order.
+        out: uint8 ``[>= n * sum(row_bytes_i)]``, contiguous, on any device; filled buffer by
+            buffer, each ``[n, row_bytes_i]``.
+    """
+    offset = 0
+    for row in rows:
+        size = slots.numel() * row.shape[1]
+        target = out[offset : offset + size].view(slots.numel(), row.shape[1])
+        if out.device == row.device:
+            torch.index_select(row, 0, slots, out=target)
+        else:
+            target.copy_(row.index_select(0, slots))
+        offset += size
+
+
+def scatter_kv(rows: Sequence[torch.Tensor], slots: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy tokens into the pool; the inverse of :func:`gather_kv`, same layout."""
+    offset = 0
+    for row in rows:
+        size = slots.numel() * row.shape[1]
+        data = source[offset : offset + size].view(slots.numel(), row.shape[1])
+        row.index_copy_(0, slots, data.to(row.device, non_blocking=True))
+        offset += size
