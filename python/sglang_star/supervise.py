@@ -9,6 +9,8 @@ stays small.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import selectors
 import signal
@@ -23,17 +25,40 @@ def main() -> int:
     # The terminal's Ctrl-C and a service manager's stop reach the owner, who then tells us.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    _adopt_orphans()
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
     )
-    _wait_for_end_or_order(child)
-    _signal_group(child.pid, signal.SIGTERM)
+    group = child.pid
+    _wait_for_end_or_order(group)
+    status = _reap(group)
+    _signal_group(group, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while _group_lives(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    _signal_group(child.pid, signal.SIGKILL)
-    status = child.wait()
-    return status if status >= 0 else 128 - status
+    while _signal_group(group, 0):
+        if time.monotonic() > deadline:
+            _signal_group(group, signal.SIGKILL)
+        time.sleep(0.02)
+        status = _reap(group, status)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of whatever the command leaves behind, so that none stays a zombie."""
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def _reap(group: int, status: int = -1) -> int:
+    """Collect all dead children; return the leader's wait status once it is among them."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, its_status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == group:
+                status = its_status
+    return status
 
 
 def _default_signals() -> None:
@@ -41,18 +66,13 @@ def _default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _wait_for_end_or_order(child: subprocess.Popen[bytes]) -> None:
-    ended = os.pidfd_open(child.pid)
+def _wait_for_end_or_order(pid: int) -> None:
+    ended = os.pidfd_open(pid)
     with selectors.DefaultSelector() as selector:
         selector.register(ended, selectors.EVENT_READ)
         selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
         selector.select()
     os.close(ended)
-
-
-def _group_lives(child: subprocess.Popen[bytes]) -> bool:
-    child.poll()  # reaps it: a zombie would count as a living member
-    return _signal_group(child.pid, 0)
 
 
 def _signal_group(group: int, number: int) -> bool:
