@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sglang_star.cluster_layout import (
     CPU_ENVIRONMENT,
@@ -74,6 +74,18 @@ class Cluster:
         for process in self._processes:
             process.check()
 
+    def replace_router(self, **changes: Any) -> None:
+        """Start another router, with fields of the specification changed, in place of this one.
+
+        The engines keep running; what still streams through the old router breaks off.
+
+        Raises:
+            SetupError: the new router did not come up.
+        """
+        self._processes.pop().stop()
+        port = self.spec.port or free_ports(1, self.spec.host)[0]
+        self._start_router(replace(self.spec, **changes), port, time.monotonic())
+
     def stop(self) -> None:
         """End every process and wait until none is left; more Ctrl-C does not stop it."""
         for process in self._processes:
@@ -101,6 +113,9 @@ class Cluster:
         for engine in self.engines:
             self._launch(engine.name, engine.command, engine.url, CPU_ENVIRONMENT)
         self._wait(self._processes, began)
+        self._start_router(spec, port, began)
+
+    def _start_router(self, spec: ClusterSpec, port: int, began: float) -> None:
         url = f"http://{spec.host}:{port}"
         self._launch("router", router_command(spec, self.engines, port), url, {})
         self._wait(self._processes[-1:], began)

@@ -25,7 +25,8 @@ class ClusterSpec:
         host, port: where the router listens; port 0 picks a free one.
         rescheduler, predictor, paced: see ``star router --help`` and ``--star-*``.
         max_total_tokens: KV pool of each engine, tokens.
-        engine_arguments, router_arguments: added to the command lines; the last word wins.
+        engine_arguments, decode_arguments, router_arguments: added to the command lines of all
+            engines, of decode engines, and of the router; the last word wins.
         start_timeout_s: longest time until everything answers ``/health``.
         star: False starts plain SGLang engines, for comparison.
     """
@@ -41,6 +42,7 @@ class ClusterSpec:
     paced: str = ""
     max_total_tokens: int = 16384
     engine_arguments: tuple[str, ...] = ()
+    decode_arguments: tuple[str, ...] = ()
     router_arguments: tuple[str, ...] = ()
     start_timeout_s: float = 600.0
     star: bool = True
@@ -122,7 +124,7 @@ def engine_command(
         command += ["--star", "--star-instance-id", name, "--star-predictor", spec.predictor]
         if spec.paced:
             command += ["--star-paced", spec.paced]
-    return (*command, *spec.engine_arguments)
+    return (*command, *spec.engine_arguments, *(spec.decode_arguments if role == "decode" else ()))
 
 
 def router_command(spec: ClusterSpec, members: tuple[Engine, ...], port: int) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import aiohttp
+import httpx
 import openai
 
 from sglang_star.demo.prompts import Prompt
@@ -127,7 +128,7 @@ async def _follow(
         async for chunk in chunks:
             _take(stream, chunk)
             advanced()
-    except (openai.OpenAIError, aiohttp.ClientError, OSError) as error:
+    except (openai.OpenAIError, httpx.HTTPError, OSError) as error:
         stream.error = f"{type(error).__name__}: {error}"
     stream.ended_s = time.monotonic()
     advanced()
