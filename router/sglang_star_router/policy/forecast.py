@@ -22,7 +22,8 @@ class Forecast:
     Attributes:
         steps: decode steps ahead, ``[H]``, the first 0.
         mean, variance: of the KV tokens wanted per instance, ``[I, H]``.
-        request: expected KV of each request, ``[R, H]``.
+        request: expected KV of each request, ``[H, R]``: instants first, so that sums over
+            requests run through contiguous memory.
     """
 
     steps: FloatArray
@@ -60,14 +61,23 @@ def _forecast(snapshot: FleetSnapshot, steps: FloatArray, true_lengths: bool) ->
         known = np.repeat(requests.true_remaining[:, None], 5, axis=1)
         requests = replace(requests, remaining=known)
     alive = survival(requests, snapshot.prior_output, steps)
-    context = load.context_tokens(snapshot)
-    size = context[:, None] + steps
+    context = load.context_tokens(snapshot).astype(np.float64)
+    size = context + steps[:, None]
     expected = alive * size
     variance = expected * (size - expected)
     n = len(snapshot.instances.ids)
-    mean = np.empty((n, steps.size))
-    spread = np.empty((n, steps.size))
-    for column in range(steps.size):
-        mean[:, column] = np.bincount(requests.instance, expected[:, column], n)
-        spread[:, column] = np.bincount(requests.instance, variance[:, column], n)
-    return Forecast(steps, mean, spread, expected)
+    owner = requests.instance
+    mean, spread = np.zeros((n, steps.size)), np.zeros((n, steps.size))
+    for instant in range(steps.size):
+        mean[:, instant] = np.bincount(owner, expected[instant], n)
+        spread[:, instant] = np.bincount(owner, variance[instant], n)
+    return Forecast(steps, mean + _unlisted(snapshot)[:, None], spread, expected)
+
+
+def _unlisted(snapshot: FleetSnapshot) -> FloatArray:
+    """KV in use that no listed request accounts for, ``[I]``: taken to stay."""
+    inst, reqs = snapshot.instances, snapshot.requests
+    held = ~reqs.queued
+    listed = np.bincount(reqs.instance[held], load.context_tokens(snapshot)[held], len(inst.ids))
+    unlisted: FloatArray = np.maximum(inst.kv_used - listed, 0.0)
+    return unlisted

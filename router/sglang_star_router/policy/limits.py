@@ -25,12 +25,14 @@ def token_limit(snapshot: FleetSnapshot, params: StarParams) -> FloatArray:
     return limit
 
 
-def admits_now(snapshot: FleetSnapshot, prompt: int, max_new: int, spare: FloatArray, params: StarParams) -> BoolArray:
+def admits_now(
+    snapshot: FleetSnapshot, prompt: int, max_new: int, spare: float, params: StarParams
+) -> BoolArray:
     """Whether SGLang's decode admission would take the request without queueing, ``[I]``.
 
     SGLang reserves tokens for every active request and wants room for one more; nobody is
     admitted while retracted requests wait, and the queue is first come, first served.
-    ``spare`` tokens per instance are to stay free beyond that.
+    ``spare`` is the share of KV to stay free beyond that.
     """
     inst, placed = snapshot.instances, snapshot.placed
     n = len(inst.ids)
@@ -42,7 +44,12 @@ def admits_now(snapshot: FleetSnapshot, prompt: int, max_new: int, spare: FloatA
     wanted = np.maximum(
         prompt + params.reserved_tokens, prompt + min(max_new, params.clip_new_tokens) - held
     )
-    admits: BoolArray = inst.accepts & (inst.queued == 0) & (inst.retracted == 0) & (free >= wanted + spare)
+    admits: BoolArray = (
+        inst.accepts
+        & (inst.queued == 0)
+        & (inst.retracted == 0)
+        & (free >= wanted + spare * inst.kv_capacity)
+    )
     return admits
 
 

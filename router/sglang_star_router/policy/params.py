@@ -76,7 +76,6 @@ class StarParams:
         risk_sigma: standard deviations of forecast KV held in reserve when judging overflow.
         target_limit: share of KV capacity a target may be forecast to reach through a move.
         excess_min: share of capacity by which the forecast must exceed it before anything moves.
-        min_remaining_steps: requests expected to finish sooner do not move.
         repay_factor: as in :class:`StarPointParams`.
         moves_per_round, moves_per_instance, cooldown_s, copy_tokens_per_s: as above.
         recompute_tokens_per_s: context tokens one prefill instance recomputes per second; 0
@@ -102,10 +101,9 @@ class StarParams:
 
     horizon_steps: int = 1536
     horizon_points: int = 8
-    risk_sigma: float = 0.5
+    risk_sigma: float = 1.0
     target_limit: float = 0.97
     excess_min: float = 0.0
-    min_remaining_steps: float = 100.0
     repay_factor: float = 2.0
     moves_per_round: int = 32
     moves_per_instance: int = 1
@@ -116,8 +114,8 @@ class StarParams:
     weight_tokens: float = 265_000.0
     reserved_tokens: int = 512
     clip_new_tokens: int = 4096
-    admit_pressure: float = 10.0
-    late_spare: float = 0.15
+    admit_pressure: float = 1.1
+    late_spare: float = 0.3
     late_full: float = 0.5
     hold: bool = True
     hold_deadline_s: float = 1.5

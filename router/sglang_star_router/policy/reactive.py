@@ -9,6 +9,7 @@ import numpy as np
 
 from sglang_star_router.policy import load
 from sglang_star_router.policy.params import ReactiveParams
+from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.slots import MoveSlots
 from sglang_star_router.policy.snapshot import FleetSnapshot, MoveOrder
 
@@ -23,6 +24,7 @@ class Reactive:
 
     def orders(self, snapshot: FleetSnapshot) -> list[MoveOrder]:
         """Return at most one move per pair of instances, the widest gap first."""
+        snapshot = sane(snapshot)
         p, inst = self.params, snapshot.instances
         if len(inst.ids) < 2:
             return []

@@ -13,6 +13,7 @@ from sglang_star_router.policy import load
 from sglang_star_router.policy.forecast import forecast, instants
 from sglang_star_router.policy.limits import admits_now, token_limit
 from sglang_star_router.policy.params import StarParams
+from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.snapshot import (
     Arrival,
     FleetSnapshot,
@@ -35,13 +36,14 @@ class StarDispatch:
 
     def place(self, snapshot: FleetSnapshot, arrival: Arrival, sequence: int) -> Placement:
         """Return an instance, a hold, or a refusal once holding is pointless."""
+        snapshot = sane(snapshot)
         p, inst = self.params, snapshot.instances
         if not inst.accepts.any():
             return NOBODY
         allowed = inst.accepts
         pressure = self._pressure(snapshot, arrival)
         if p.hold:
-            spare = inst.kv_capacity * self._spare_share(snapshot, arrival)
+            spare = self._spare_share(snapshot, arrival)
             allowed = admits_now(snapshot, arrival.prompt_tokens, arrival.max_new_tokens, spare, p)
             allowed &= pressure <= p.admit_pressure
             if not allowed.any():
@@ -105,6 +107,6 @@ class StarDispatch:
                 queued=flag,
                 since_move_s=np.zeros(1),
             )
-            snapshot.derived[key] = survival(blank, snapshot.prior_output, self.steps)[0]
+            snapshot.derived[key] = survival(blank, snapshot.prior_output, self.steps)[:, 0]
         alive: FloatArray = snapshot.derived[key]
         return alive

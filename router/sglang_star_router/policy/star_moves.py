@@ -13,6 +13,7 @@ from sglang_star_router.policy import load
 from sglang_star_router.policy.forecast import Forecast, forecast, instants
 from sglang_star_router.policy.limits import token_limit
 from sglang_star_router.policy.params import StarParams
+from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.slots import MoveSlots
 from sglang_star_router.policy.snapshot import (
     BoolArray,
@@ -34,6 +35,7 @@ class StarMoves:
 
     def orders(self, snapshot: FleetSnapshot) -> list[MoveOrder]:
         """Return moves, the worst overflow's first; empty when nothing will overflow."""
+        snapshot = sane(snapshot)
         p, inst = self.params, snapshot.instances
         if len(inst.ids) < 2 or not snapshot.requests.rids:
             return []
@@ -41,14 +43,16 @@ class StarMoves:
         limit = np.where(inst.draining, 0.0, token_limit(snapshot, p))
         need = ahead.need(p.risk_sigma)
         slots = MoveSlots(snapshot, p.moves_per_instance, p.cooldown_s)
+        room = p.target_limit * limit[:, None] - need
         excess = (need - limit[:, None]).max(axis=1)
         share = np.round(excess / np.maximum(inst.kv_capacity, 1), 6)
         sources = np.flatnonzero((share > p.excess_min) & (slots.free > 0))
         sources = sources[np.lexsort((load.name_rank(inst.ids)[sources], -share[sources]))]
         orders: list[MoveOrder] = []
-        for source in sources:
+        # A round makes few moves, so only the worst are looked at: cost stays linear.
+        for source in sources[: 2 * p.moves_per_round]:
             while slots.free[source] > 0 and len(orders) < p.moves_per_round:
-                order = self._relieve(snapshot, ahead, need, limit, slots, int(source))
+                order = self._relieve(snapshot, ahead, need, limit, room, slots, int(source))
                 if order is None:
                     break
                 orders.append(order)
@@ -60,6 +64,7 @@ class StarMoves:
         ahead: Forecast,
         need: FloatArray,
         limit: FloatArray,
+        room: FloatArray,
         slots: MoveSlots,
         source: int,
     ) -> MoveOrder | None:
@@ -69,29 +74,30 @@ class StarMoves:
         if over.max() <= p.excess_min * inst.kv_capacity[source]:
             return None
         worst = int(np.argmax(over))
-        rows = slots.candidates(source)
         targets = slots.open_targets()
         targets = targets[targets != source]
-        if rows.size == 0 or targets.size == 0:
+        if targets.size == 0:
             return None
-        context = load.context_tokens(snapshot)[rows]
+        slack = np.round(room[targets].min(axis=1))
+        widest = targets[slack >= slack.max()]
+        target = int(widest[np.argmin(load.name_rank(inst.ids)[widest])])
+        rows = slots.candidates(source)
+        rows = rows[(room[target] >= ahead.request[:, rows].T).all(axis=1)]
+        if rows.size == 0:
+            return None
+        context = reqs.prompt_tokens[rows] + reqs.output_tokens[rows]
         cost_s, recompute = self._cost_s(context)
         left_s = self._expected_steps(ahead, rows) * max(inst.step_ms[source], 1e-3) / 1e3
-        relief = np.minimum(ahead.request[rows, worst], over[worst])
+        relief = np.minimum(ahead.request[worst, rows], over[worst])
         value = np.round(relief / (context + ahead.steps[-1]), 9)
-        value[(left_s < p.repay_factor * cost_s)] = -1.0
-        room = p.target_limit * limit[targets, None] - need[targets]
-        slack = room.min(axis=1)
-        target = int(targets[np.lexsort((load.name_rank(inst.ids)[targets], -np.round(slack)))[0]])
-        fits = (ahead.request[rows] <= p.target_limit * limit[target] - need[target]).all(axis=1)
-        value[~fits] = -1.0
+        value[left_s < p.repay_factor * cost_s] = -1.0
         best = value.max()
         if best <= 0:
             return None
         pick = min(np.flatnonzero(value >= best), key=lambda k: reqs.rids[rows[k]])
         row = int(rows[pick])
-        need[source] -= ahead.request[row]
-        need[target] += ahead.request[row]
+        need[source] -= ahead.request[:, row]
+        room[target] -= ahead.request[:, row]
         slots.take(source, target)
         return MoveOrder(
             rid=reqs.rids[row],
@@ -120,7 +126,7 @@ class StarMoves:
 
     def _expected_steps(self, ahead: Forecast, rows: IntArray) -> FloatArray:
         """Expected decode steps left within the horizon, from the survival the forecast used."""
-        size = ahead.request[rows]
-        alive = size / np.maximum(size[:, :1] + ahead.steps, 1.0)
-        steps: FloatArray = alive.mean(axis=1) * ahead.steps[-1]
+        size = ahead.request[:, rows]
+        alive = size / np.maximum(size[0] + ahead.steps[:, None], 1.0)
+        steps: FloatArray = alive.mean(axis=0) * ahead.steps[-1]
         return steps

@@ -12,6 +12,7 @@ import numpy as np
 
 from sglang_star_router.policy import load
 from sglang_star_router.policy.params import StarPointParams
+from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.slots import MoveSlots
 from sglang_star_router.policy.snapshot import FleetSnapshot, FloatArray, IntArray, MoveOrder
 from sglang_star_router.policy.survival import point
@@ -30,6 +31,7 @@ class StarPoint:
 
     def orders(self, snapshot: FleetSnapshot) -> list[MoveOrder]:
         """Return moves until none lowers the variance enough."""
+        snapshot = sane(snapshot)
         p, inst, reqs = self.params, snapshot.instances, snapshot.requests
         n = len(inst.ids)
         if n < 2 or not reqs.rids:

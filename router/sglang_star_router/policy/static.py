@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_star_router.policy import load
+from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.snapshot import Arrival, FleetSnapshot, Placement
 
 NOBODY = Placement(instance=None, reason="no-instance-accepts")
@@ -33,6 +34,7 @@ class LeastRequests:
 
     def place(self, snapshot: FleetSnapshot, arrival: Arrival, sequence: int) -> Placement:
         """Return the accepting instance with the fewest requests."""
+        snapshot = sane(snapshot)
         inst = snapshot.instances
         count = load.committed_requests(snapshot)
         row = load.lowest(count, inst.accepts, inst.ids)
@@ -48,6 +50,7 @@ class LeastTokens:
 
     def place(self, snapshot: FleetSnapshot, arrival: Arrival, sequence: int) -> Placement:
         """Return the accepting instance with the smallest committed share of KV."""
+        snapshot = sane(snapshot)
         inst = snapshot.instances
         share = load.committed_tokens(snapshot) / np.maximum(inst.kv_capacity, 1)
         row = load.lowest(share, inst.accepts, inst.ids)

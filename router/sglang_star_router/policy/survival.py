@@ -29,7 +29,7 @@ def curve(quantiles: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def survival(requests: Requests, prior: FloatArray, steps: FloatArray) -> FloatArray:
-    """P(request still decodes after each of ``steps``), shape ``[R, H]``.
+    """P(request still decodes after each of ``steps``), shape ``[H, R]``.
 
     Args:
         requests: rows whose ``remaining`` may hold NaN.
@@ -38,13 +38,14 @@ def survival(requests: Requests, prior: FloatArray, steps: FloatArray) -> FloatA
     """
     log_median, shape = curve(requests.remaining)
     log_steps = np.log(np.maximum(steps, 1e-9))
-    exponent = np.minimum(shape[:, None] * (log_steps - log_median[:, None]), _MAX_EXPONENT)
+    exponent = shape * (log_steps[:, None] - log_median)
+    np.minimum(exponent, _MAX_EXPONENT, out=exponent)
     alive: FloatArray = 1.0 / (1.0 + np.exp(exponent))
     blind = np.flatnonzero(np.isnan(log_median) | np.isnan(shape))
     if blind.size:
-        alive[blind] = _from_prior(requests, blind, prior, steps)
+        alive[:, blind] = _from_prior(requests, blind, prior, steps)
     left = requests.max_new_tokens - requests.output_tokens
-    alive[left[:, None] <= steps] = 0.0
+    alive[left <= steps[:, None]] = 0.0
     return alive
 
 
@@ -63,8 +64,8 @@ def _from_prior(
         median = np.maximum(requests.max_new_tokens[rows] * _UNKNOWN_SHARE, 1.0)
         shape = 1.5
     now = 1.0 + (age / median) ** shape
-    then = 1.0 + ((age[:, None] + steps) / median[:, None]) ** shape
-    alive: FloatArray = now[:, None] / then
+    then = 1.0 + ((age + steps[:, None]) / median) ** shape
+    alive: FloatArray = now / then
     return alive
 
 
@@ -75,7 +76,7 @@ def point(requests: Requests, prior: FloatArray) -> FloatArray:
     if blind.size:
         grid = np.geomspace(1.0, 65536.0, 64)
         alive = _from_prior(requests, blind, prior, grid)
-        median[blind] = grid[np.minimum((alive > 0.5).sum(axis=1), grid.size - 1)]
+        median[blind] = grid[np.minimum((alive > 0.5).sum(axis=0), grid.size - 1)]
     ceiling = np.maximum(requests.max_new_tokens - requests.output_tokens, 0)
     capped: FloatArray = np.minimum(median, ceiling)
     return capped
