@@ -102,7 +102,9 @@ class FakeEngine:
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
         )
         await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True, backlog=1024).start()
+        await web.TCPSite(
+            self.runner, "127.0.0.1", self.port, reuse_address=True, backlog=1024
+        ).start()
         return self
 
     async def stop(self) -> None:
@@ -240,9 +242,7 @@ class FakeEngine:
 
 def request_status(rid: str, prompt: int = 100, output: int = 10, **fields: Any) -> RequestStatus:
     values: dict[str, Any] = {"max_new_tokens": 1000, "home": "x"}
-    return RequestStatus(
-        rid=rid, prompt_tokens=prompt, output_tokens=output, **(values | fields)
-    )
+    return RequestStatus(rid=rid, prompt_tokens=prompt, output_tokens=output, **(values | fields))
 
 
 @dataclass

@@ -7,6 +7,7 @@ import asyncio
 import orjson
 import pytest
 import uvloop
+
 from router.fleet import FakeEngine, eventually, fleet
 
 STREAM = {"text": "hi", "stream": True, "sampling_params": {"max_new_tokens": 4}}
@@ -48,9 +49,7 @@ def test_stream_arrives_byte_for_byte(mode):
             direct = await raw_exchange(
                 engines[-1].url, raw_request("/generate", orjson.dumps(STREAM))
             )
-            routed = await raw_exchange(
-                running.url, raw_request("/generate", orjson.dumps(STREAM))
-            )
+            routed = await raw_exchange(running.url, raw_request("/generate", orjson.dumps(STREAM)))
             direct_head, _, direct_body = direct.partition(b"\r\n\r\n")
             routed_head, _, routed_body = routed.partition(b"\r\n\r\n")
             # Chunk boundaries and all.
@@ -387,9 +386,7 @@ def test_two_hundred_streams_at_once():
         chunks = [b"data: %d\n\n" % i for i in range(50)] + [b"data: [DONE]\n\n"]
         engines = [FakeEngine(chunks=chunks) for _ in range(2)]
         async with fleet(*engines) as running:
-            answers = await asyncio.gather(
-                *(running.post("/generate", STREAM) for _ in range(200))
-            )
+            answers = await asyncio.gather(*(running.post("/generate", STREAM) for _ in range(200)))
             assert answers == [(200, b"".join(chunks))] * 200
             assert {len(engine.requests) for engine in engines} == {100}
             assert all(not one.dispatches for one in running.router.cluster)

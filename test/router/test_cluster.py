@@ -1,0 +1,276 @@
+"""What the router believes of its fleet, and what it refuses to believe."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import orjson
+import pytest
+
+from router.fleet import FakeEngine, eventually, fleet, request_status
+from router.test_proxy import run
+from sglang_star.protocol import PROTOCOL_VERSION, InstanceStatus, encode
+from sglang_star_router.cluster import Verdict
+
+
+def dropped(running, engine):
+    """Messages dropped from one engine, by reason."""
+    counts = running.router.feed.dropped
+    return {reason: n for (url, reason), n in counts.items() if url == engine.url}
+
+
+def test_status_becomes_visible_to_policies_and_operators():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine) as running:
+            await running.publish(
+                engine,
+                request_status("r1", 100, 5, remaining=(1.0, 2.0, 3.0, 4.0, 5.0)),
+                request_status("r2", 50, 0, queued=True),
+                kv_used_tokens=105,
+            )
+            cluster = orjson.loads((await running.get("/star/cluster"))[1])
+            (shown,) = cluster["instances"]
+            assert shown["name"] == engine.name
+            assert shown["status"]["kv_used_tokens"] == 105
+            assert [r["rid"] for r in shown["status"]["requests"]] == ["r1", "r2"]
+            snapshot = running.router.dispatcher._snapshots.for_arrival()
+            assert snapshot.instances.ids == (engine.name,)
+            assert snapshot.requests.rids == ("r1", "r2")
+            assert snapshot.requests.remaining[0].tolist() == [1, 2, 3, 4, 5]
+            assert list(snapshot.requests.queued) == [False, True]
+
+    run(check())
+
+
+def test_garbage_and_foreign_versions_are_counted_logged_once_and_harmless(caplog):
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine) as running:
+            await running.publish(engine, request_status("r1"))
+            other = msgspec.msgpack.encode((PROTOCOL_VERSION + 1, ["InstanceStatus"]))
+            unexpected = encode(engine.status())[:-1]
+            for garbage in (b"", b"\x00" * 100, b"\xc1", other, unexpected, b"\x93" * 9000):
+                await engine.publish(garbage)
+                await engine.publish(garbage)
+            await eventually(lambda: sum(dropped(running, engine).values()) == 12)
+            assert dropped(running, engine) == {"MalformedMessage": 10, "VersionMismatch": 2}
+            warnings = [r for r in caplog.records if "dropping messages" in r.getMessage()]
+            assert len(warnings) == 2
+            await running.publish(engine, request_status("r2"))
+            assert running.instance(engine).table.rids == ("r2",)
+            text = (await running.get("/metrics"))[1].decode()
+            assert f'instance="{engine.url}",reason="VersionMismatch"}} 2.0' in text
+
+    run(check())
+
+
+def test_duplicate_late_and_foreign_statuses_are_ignored():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine) as running:
+            cluster, instance = running.router.cluster, running.instance(engine)
+            assert cluster.apply(instance, engine.status(sequence=10)) is Verdict.TAKEN
+            late = engine.status((request_status("old"),), sequence=9)
+            assert cluster.apply(instance, late) is Verdict.STALE
+            assert cluster.apply(instance, engine.status(sequence=10)) is Verdict.STALE
+            ghost = msgspec.structs.replace(engine.status(sequence=99), incarnation=7)
+            assert cluster.apply(instance, ghost) is Verdict.OTHER_INCARNATION
+            stranger = msgspec.structs.replace(engine.status(sequence=99), instance_id="x")
+            assert cluster.apply(instance, stranger) is Verdict.OTHER_INSTANCE
+            assert instance.status.sequence == 10
+            assert instance.table.rids == ()
+            assert cluster.apply(instance, engine.status(sequence=11)) is Verdict.TAKEN
+
+    run(check())
+
+
+def test_restart_on_another_status_port_is_followed():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine, status_stale=0.3) as running:
+            instance = running.instance(engine)
+            await running.publish(engine, request_status("before"), sequence=500)
+            await engine.restart()
+            await eventually(lambda: instance.restarts == 1, "restart noticed")
+            assert instance.table.rids == ()
+            await running.until_healthy(engine)
+            # Sequence numbers begin again, and count.
+            await running.publish(engine, request_status("after"))
+            assert instance.table.rids == ("after",)
+            assert instance.status.incarnation == 2
+
+    run(check())
+
+
+def test_status_of_a_new_incarnation_leads_to_a_new_description():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine, health_check_interval=30.0) as running:
+            instance = running.instance(engine)
+            await running.publish(engine)
+            engine.incarnation = 2
+
+            async def keep_publishing():
+                while True:
+                    await engine.publish(engine.status((request_status("new"),)))
+                    await asyncio.sleep(0.02)
+
+            task = asyncio.create_task(keep_publishing())
+            await eventually(lambda: instance.table.rids == ("new",))
+            task.cancel()
+            assert instance.restarts == 1
+            assert dropped(running, engine)["other_incarnation"] >= 1
+
+    run(check())
+
+
+def test_unhealthy_instance_is_excluded_and_readmitted():
+    async def check():
+        sick, well = FakeEngine(), FakeEngine()
+        async with fleet(sick, well) as running:
+            sick.health_status = 503
+            await eventually(lambda: not running.instance(sick).healthy)
+            for _ in range(4):
+                assert (await running.post("/generate", {"text": "a"}))[0] == 200
+            assert sick.requests == []
+            assert (await running.get("/health"))[0] == 200
+            well.health_status = 500
+            await eventually(lambda: not running.instance(well).healthy)
+            status, body = await running.get("/health")
+            assert status == 503
+            assert orjson.loads(body)["missing"] == ["aggregated"]
+            sick.health_status = 200
+            await running.until_healthy(sick)
+            assert (await running.post("/generate", {"text": "a"}))[0] == 200
+            assert len(sick.requests) == 1
+
+    run(check())
+
+
+def test_dead_instance_comes_back():
+    async def check():
+        engine, other = FakeEngine(), FakeEngine()
+        async with fleet(engine, other) as running:
+            await engine.stop()
+            for _ in range(3):
+                assert (await running.post("/generate", {"text": "a"}))[0] == 200
+            assert not running.instance(engine).healthy
+            assert "cannot connect" in running.instance(engine).trouble
+            await engine.start()
+            await running.until_healthy(engine)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"star": False}, "--rescheduler off"),
+        ({"version": PROTOCOL_VERSION + 1}, "same sglang-star release"),
+    ],
+)
+def test_instance_that_cannot_take_part_is_refused_with_the_remedy(change, words):
+    async def check():
+        bad, good = FakeEngine(**change), FakeEngine()
+        async with fleet(good, rescheduler="reactive"):
+            pass
+        good = FakeEngine()
+        await bad.start()
+        await good.start()
+        async with fleet(bad, good, start=False, rescheduler="reactive") as running:
+            await running.until_healthy(good)
+            trouble = await eventually(
+                lambda: (
+                    running.instance(bad).trouble
+                    if "contacted" not in running.instance(bad).trouble
+                    else ""
+                )
+            )
+            assert words in trouble
+            assert (await running.post("/generate", {"text": "a"}))[0] == 200
+            assert bad.requests == []
+
+    run(check())
+
+
+def test_plain_sglang_is_fine_without_rescheduling_and_its_load_is_counted():
+    async def check():
+        plain = [FakeEngine(star=False, gate=asyncio.Event()) for _ in range(2)]
+        async with fleet(*plain, policy="least-requests") as running:
+            body = {"text": "a" * 400, "stream": True}
+            open_requests = [asyncio.create_task(running.post("/generate", body)) for _ in "1234"]
+            await eventually(lambda: [engine.active for engine in plain] == [2, 2])
+            snapshot = running.router.dispatcher._snapshots.for_arrival()
+            assert sorted(snapshot.placed.instance.tolist()) == [0, 0, 1, 1]
+            assert snapshot.placed.prompt_tokens.min() > 50
+            for engine in plain:
+                engine.gate.set()
+            await asyncio.gather(*open_requests)
+            assert running.router.dispatcher._snapshots.for_arrival().placed.instance.size == 0
+
+    run(check())
+
+
+def test_role_and_name_mix_ups_are_refused():
+    async def check():
+        liar = FakeEngine("decode")
+        twin_a, twin_b = FakeEngine(name="twin"), FakeEngine(name="twin")
+        for engine in (liar, twin_a, twin_b):
+            await engine.start()
+        liar.role = "prefill"
+        async with fleet(twin_a, twin_b, start=False) as running:
+            instances = [running.instance(twin_a), running.instance(twin_b)]
+            await eventually(lambda: any("instance-id" in one.trouble for one in instances))
+            await eventually(lambda: sum(one.healthy for one in instances) == 1)
+        liar.role = "decode"
+        async with fleet(FakeEngine("prefill"), liar, start=False) as running:
+            liar.role = "aggregated"
+            await eventually(lambda: "aggregated instance" in running.instance(liar).trouble)
+
+    run(check())
+
+
+def test_sent_requests_count_until_a_status_shows_them():
+    async def check():
+        engine = FakeEngine(gate=asyncio.Event())
+        async with fleet(engine) as running:
+            await running.publish(engine)
+            body = {"text": "x" * 4000, "stream": True}
+            request = asyncio.create_task(running.post("/generate", body))
+            await eventually(lambda: engine.active)
+            snapshots = running.router.dispatcher._snapshots
+            placed = snapshots.for_arrival().placed
+            assert placed.instance.tolist() == [0]
+            assert 900 < placed.prompt_tokens[0] < 1100
+            rid = engine.requests[0]["rid"]
+            # An older status that does not show it yet changes nothing.
+            await running.publish(engine)
+            assert snapshots.for_arrival().placed.instance.size == 1
+            await running.publish(engine, request_status(rid, prompt=2000))
+            assert snapshots.for_arrival().placed.instance.size == 0
+            engine.gate.set()
+            await request
+
+    run(check())
+
+
+def test_lengths_of_what_finished_become_the_prior():
+    async def check():
+        a, b = FakeEngine(), FakeEngine()
+        async with fleet(a, b) as running:
+            cluster = running.router.cluster
+            await running.publish(a, request_status("done", output=77), request_status("moves"))
+            await running.publish(b, request_status("moves", output=11))
+            await running.publish(a)
+            assert list(cluster.finished_lengths) == [77]
+            assert cluster.prior_output().tolist() == [77.0] * 5
+
+    run(check())
+
+
+def test_decoded_status_types_are_checked():
+    fields = dict.fromkeys(InstanceStatus.__struct_fields__, 0)
+    with pytest.raises(TypeError):
+        InstanceStatus(**fields, unknown=1)
