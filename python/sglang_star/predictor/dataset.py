@@ -33,6 +33,11 @@ def split(samples: Samples) -> Split:
     Raises:
         ConfigError: too few requests, or none of them ended by itself.
     """
+    if samples.censored.all():
+        raise ConfigError(
+            "every output was cut by max_new_tokens, so no length was ever seen",
+            hint="collect with a larger --max-new-tokens",
+        )
     held_back = np.array([split_of(rid) == "test" for rid in samples.rids])
     parts = Split(samples.select(~held_back), samples.select(held_back & ~samples.cut))
     for name, part in (("fit", parts.fit), ("test", parts.test)):
@@ -41,11 +46,6 @@ def split(samples: Samples) -> Split:
                 f"only {len(part.rids)} requests to {name} on, at least {FEWEST_REQUESTS} needed",
                 hint="collect more prompts with `star predictor collect`",
             )
-    if parts.fit.censored.all():
-        raise ConfigError(
-            "every output was cut by max_new_tokens, so no length was ever seen",
-            hint="collect with a larger --max-new-tokens",
-        )
     return parts
 
 

@@ -104,10 +104,11 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
     width = recipe.width or width
     mean, projection = dataset.whiten(samples.hidden, width)
     x = dataset.columns(dataset.inputs(samples, mean, projection))
-    center, scale = x.mean(axis=0), x.std(axis=0)
+    center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
     # A feature that never varied was never learnt: it must not act when it varies in service.
-    gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 1e-6)
-    x = (x - center) * gain
+    varies = scale > 1e-5 * (1.0 + np.abs(center))
+    gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=varies)
+    x = ((x - center) * gain).astype(np.float32)
 
     edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
     exposure, event = targets(samples, edges)
@@ -125,8 +126,8 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
     weights = Weights(
         mean=mean,
         projection=projection,
-        w1=w1 * gain[:, None],
-        b1=b1 - (center * gain) @ w1[:, None],
+        w1=(w1 * gain[:, None]).astype(np.float32),
+        b1=(b1 - (center * gain) @ w1[:, None]).astype(np.float32),
         w2=w2,
         b2=b2,
         edges=edges,
@@ -151,7 +152,7 @@ def targets(samples: Samples, edges: Array) -> tuple[Array, Array]:
 def _prior(exposure: Array, event: Array) -> Array:
     """Logits of the hazard regardless of inputs, smoothed by one event in all."""
     rate = (event.sum(axis=0) + 1 / event.shape[1]) / (exposure.sum(axis=0) + 1.0)
-    return np.asarray(np.log(np.expm1(rate)))
+    return np.asarray(np.log(np.expm1(np.clip(rate, 1e-6, 20.0))))
 
 
 def calibrate(logits: Array, edges: Array, samples: Samples) -> Array:

@@ -27,8 +27,10 @@ def bin_edges(longest: int, bins: int = BINS) -> Array:
     Returns:
         ``[bins + 1]`` float64, strictly increasing, the last one the end of the last bin.
     """
-    top = np.log1p(max(longest, bins) / LINEAR_TOKENS)
+    longest = max(longest, bins)
+    top = np.log1p(longest / LINEAR_TOKENS)
     edges = LINEAR_TOKENS * np.expm1(np.linspace(0.0, top, bins + 1))
+    edges[-1] = longest
     # At least a token per bin: two edges between the same pair of integers could not differ.
     return np.maximum(edges, np.arange(bins + 1, dtype=np.float64))
 

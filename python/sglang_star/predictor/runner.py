@@ -19,7 +19,7 @@ import torch
 from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
 from sglang_star.config import BUILTIN_HEAD, PREDICTOR_OFF, StarConfig
-from sglang_star.errors import ConfigError, StarError
+from sglang_star.errors import ConfigError
 from sglang_star.launch import ATTRIBUTE
 from sglang_star.predictor import head as heads
 from sglang_star.predictor.estimator import Estimator
@@ -145,17 +145,13 @@ def init_tp_model_worker(result: None, scheduler: Any) -> None:
     """AFTER ``Scheduler.init_tp_model_worker``: build what the next two hooks use.
 
     Raises:
-        SystemExit: the head is not for this model; SGLang would log a mere ``Exception`` amid a
-            traceback, and the message must be what the user reads last.
+        HeadError: there is no head for this model, or the one named is not for it.
+        ConfigError: samples cannot be written where they should go.
     """
     global _attached
     star: StarConfig | None = getattr(scheduler.server_args, ATTRIBUTE, None)
-    if star is None or (star.predictor == PREDICTOR_OFF and not star.collect):
-        return
-    try:
+    if star is not None and (star.predictor != PREDICTOR_OFF or star.collect):
         _attached = _build(star, scheduler.server_args, scheduler.tp_worker.model_runner)
-    except StarError as error:
-        raise SystemExit(f"STAR: {error}") from error
 
 
 def _build(star: StarConfig, server_args: Any, model_runner: Any) -> tuple[Attachment, ...]:

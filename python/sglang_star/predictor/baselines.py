@@ -1,0 +1,236 @@
+"""What the head is compared with; each is fitted on the same requests and sees the same samples.
+
+A baseline is fitted by its constructor and then predicts remaining tokens, ``[n]`` or ``[n, q]``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from sglang_star.predictor import dataset
+from sglang_star.predictor.hazard import Array
+from sglang_star.predictor.prompts import split_of
+from sglang_star.predictor.samples import Samples
+from sglang_star.protocol import QUANTILE_LEVELS
+
+RIDGES: Final = tuple(10.0**k for k in range(-2, 6))
+
+
+class Baseline(Protocol):
+    """A fitted predictor."""
+
+    parameters: int
+
+    def predict(self, samples: Samples) -> Array:
+        """Remaining tokens of every sample."""
+
+
+class ConstantMedian:
+    """The median remaining length of all samples."""
+
+    parameters = len(QUANTILE_LEVELS)
+
+    def __init__(self, fit: Samples, seed: int) -> None:
+        censored = fit.censored[fit.request]
+        levels = np.array(QUANTILE_LEVELS)
+        self._quantiles = dataset.survival_quantiles(fit.remaining, censored, levels)
+
+    def predict(self, samples: Samples) -> Array:
+        """The same quantiles for every sample."""
+        return np.tile(self._quantiles, (len(samples.tokens), 1))
+
+
+class ByAge:
+    """Quantiles of remaining length given only tokens so far."""
+
+    def __init__(self, fit: Samples, seed: int) -> None:
+        self._edges, self._table = dataset.by_age(fit, np.array(QUANTILE_LEVELS))
+        self.parameters = self._table.size
+
+    def predict(self, samples: Samples) -> Array:
+        """The row of each sample's age group."""
+        index = np.searchsorted(self._edges, samples.tokens, side="right") - 1
+        return np.asarray(self._table[np.maximum(index, 0)])
+
+
+class LinearProbe:
+    """Ridge regression from the hidden state to the remaining length."""
+
+    def __init__(self, fit: Samples, seed: int) -> None:
+        x, y = _hidden(fit), fit.remaining.astype(np.float64)
+        validation = _validation(fit)[fit.request]
+        self._model = _best_ridge(x, y, validation, fit.request)
+        self.parameters = x.shape[1] + 1
+
+    def predict(self, samples: Samples) -> Array:
+        """One product per sample."""
+        return self._model(_hidden(samples))
+
+
+class PromptOnly:
+    """Ridge regression from the prompt's last hidden state to the total length."""
+
+    def __init__(self, fit: Samples, seed: int) -> None:
+        x, y = self._inputs(fit), np.log1p(fit.output_tokens.astype(np.float64))
+        self._model = _best_ridge(x, y, _validation(fit), np.arange(len(y)))
+        self.parameters = x.shape[1] + 1
+
+    def predict(self, samples: Samples) -> Array:
+        """Total as seen from the prompt, less what is out already."""
+        total = np.expm1(np.clip(self._model(self._inputs(samples)), 0.0, 20.0))
+        return np.asarray(total[samples.request] - samples.tokens)
+
+    @staticmethod
+    def _inputs(samples: Samples) -> Array:
+        first = samples.hidden[dataset.starts(samples)].astype(np.float64)
+        return np.column_stack([first, np.log1p(samples.prompt_tokens)])
+
+
+class PaperHead:
+    """The paper's head: ``d -> 2048 -> 512 -> 64 -> 1``, ReLU, L1 loss."""
+
+    def __init__(self, fit: Samples, seed: int) -> None:
+        sizes = (fit.hidden.shape[1], 2048, 512, 64, 1)
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for wide, narrow in itertools.pairwise(sizes):
+            layers += [nn.Linear(wide, narrow), nn.ReLU()]
+        self._net = nn.Sequential(*layers[:-1])
+        self.parameters = sum(p.numel() for p in self._net.parameters())
+        self._norm = _Normal(_hidden(fit))
+        self._unit = float(fit.remaining.mean())
+        target = torch.tensor(fit.remaining / self._unit, dtype=torch.float32)
+        _train(
+            self._net,
+            torch.tensor(self._norm(_hidden(fit)), dtype=torch.float32),
+            lambda out, rows: (out[:, 0] - target[rows]).abs(),
+            _validation(fit)[fit.request],
+        )
+
+    def predict(self, samples: Samples) -> Array:
+        """One forward per sample."""
+        return _forward(self._net, self._norm(_hidden(samples)))[:, 0] * self._unit
+
+
+class Trail:
+    """TRAIL: a classifier over ten equal bins, smoothed over a request by Bayes' rule."""
+
+    BINS: Final = 10
+
+    def __init__(self, fit: Samples, seed: int) -> None:
+        torch.manual_seed(seed)
+        width = fit.hidden.shape[1]
+        self._net = nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, self.BINS))
+        self.parameters = sum(p.numel() for p in self._net.parameters())
+        self._norm = _Normal(_hidden(fit))
+        self._bin = (float(fit.remaining.max()) + 1.0) / self.BINS
+        target = torch.tensor(fit.remaining // self._bin, dtype=torch.long)
+        _train(
+            self._net,
+            torch.tensor(self._norm(_hidden(fit)), dtype=torch.float32),
+            lambda out, rows: nn.functional.cross_entropy(out, target[rows], reduction="none"),
+            _validation(fit)[fit.request],
+        )
+
+    def predict(self, samples: Samples) -> Array:
+        """Expected value of the smoothed distribution."""
+        logits = _forward(self._net, self._norm(_hidden(samples)))
+        likelihood = np.exp(logits - logits.max(axis=1, keepdims=True))
+        likelihood /= likelihood.sum(axis=1, keepdims=True)
+        begins = set(dataset.starts(samples).tolist())
+        belief = np.zeros(self.BINS)
+        result = np.zeros(len(likelihood))
+        centers = (np.arange(self.BINS) + 0.5) * self._bin
+        for i, row in enumerate(likelihood):
+            if i in begins:
+                belief = row
+            else:
+                # In so many tokens a request leaves its bin for the next lower one this often.
+                share = min((samples.tokens[i] - samples.tokens[i - 1]) / self._bin, 1.0)
+                moved = (1.0 - share) * belief
+                moved[:-1] += share * belief[1:]
+                moved[0] += share * belief[0]
+                belief = moved * row + 1e-12
+                belief = belief / belief.sum()
+            result[i] = belief @ centers
+        return result
+
+
+BASELINES: Final[dict[str, Any]] = {
+    "paper": PaperHead,
+    "linear": LinearProbe,
+    "median": ConstantMedian,
+    "by_age": ByAge,
+    "prompt_only": PromptOnly,
+    "trail": Trail,
+}
+
+
+class _Normal:
+    """Standardisation learnt on one set and applied to others."""
+
+    def __init__(self, x: Array) -> None:
+        self._mean, self._scale = x.mean(axis=0), x.std(axis=0) + 1e-6
+
+    def __call__(self, x: Array) -> Array:
+        return np.asarray((x - self._mean) / self._scale)
+
+
+class _Ridge:
+    """Closed-form ridge regression on standardised inputs."""
+
+    def __init__(self, x: Array, y: Array, ridge: float) -> None:
+        self._norm, self._mean = _Normal(x), y.mean()
+        z = self._norm(x)
+        gram = z.T @ z + ridge * np.eye(z.shape[1])
+        self._weights = np.linalg.solve(gram, z.T @ (y - self._mean))
+
+    def __call__(self, x: Array) -> Array:
+        return np.asarray(self._norm(x) @ self._weights + self._mean)
+
+
+def _best_ridge(x: Array, y: Array, validation: Array, request: Array) -> _Ridge:
+    """Choose the penalty on validation requests, then fit on everything."""
+
+    def loss(ridge: float) -> float:
+        model = _Ridge(x[~validation], y[~validation], ridge)
+        return float(np.abs(model(x[validation]) - y[validation]).mean())
+
+    return _Ridge(x, y, min(RIDGES, key=loss))
+
+
+def _hidden(samples: Samples) -> Array:
+    return samples.hidden.astype(np.float64)
+
+
+def _validation(samples: Samples) -> Array:
+    return np.array([split_of(rid) == "validation" for rid in samples.rids])
+
+
+def _forward(net: nn.Module, x: Array) -> Array:
+    with torch.no_grad():
+        return np.asarray(net(torch.tensor(x, dtype=torch.float32)).numpy(), np.float64)
+
+
+def _train(net: nn.Module, x: torch.Tensor, loss: Any, validation: Array) -> None:
+    """Adam with early stopping on the validation requests; leaves the best epoch."""
+    train_rows = torch.tensor(np.flatnonzero(~validation))
+    left_rows = torch.tensor(np.flatnonzero(validation))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-4)
+    best, since, kept = float("inf"), 0, {k: v.clone() for k, v in net.state_dict().items()}
+    while since < 10:
+        for rows in train_rows[torch.randperm(len(train_rows))].split(256):
+            optimizer.zero_grad()
+            loss(net(x[rows]), rows).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            left = float(loss(net(x[left_rows]), left_rows).mean())
+        since += 1
+        if left < best:
+            best, since, kept = left, 0, {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(kept)

@@ -1,0 +1,119 @@
+"""``star predictor train``: samples in, a head for `--star-predictor` out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sglang_star.errors import ConfigError
+from sglang_star.predictor import dataset, metrics
+from sglang_star.predictor.baselines import ByAge, PaperHead
+from sglang_star.predictor.fingerprint import ModelFingerprint
+from sglang_star.predictor.fit import Curves, Recipe, fit
+from sglang_star.predictor.hazard import Array
+from sglang_star.predictor.head import Head, HeadCard
+from sglang_star.predictor.samples import MANIFEST, MODEL, Samples, load_samples
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        ConfigError: the samples are missing, damaged, of two models, or too few.
+    """
+    args = _parser().parse_args(argv)
+    model, manifest = describe(args.samples)
+    parts = dataset.split(load_samples(args.samples))
+    recipe = Recipe(seed=args.seed, width=args.width, epochs=args.epochs)
+    weights, curves = fit(parts.fit, recipe)
+    card = HeadCard(
+        model=args.name or manifest["model"],
+        fingerprint=model,
+        provenance=manifest | volume(parts) | {"recipe": dataclasses.asdict(recipe)},
+        metrics={},
+    )
+    head = Head(card, weights)
+    card.metrics["star"] = metrics.score(predict(head, parts.test), parts.test)
+    for name, baseline in (("paper", PaperHead), ("by_age", ByAge)):
+        predicted = baseline(parts.fit, args.seed).predict(parts.test)
+        card.metrics[name] = metrics.score(predicted, parts.test)
+    head.save(args.out)
+    if args.plot:
+        plot(curves, args.plot)
+    for name, result in card.metrics.items():
+        low, high = result["mae_ci"]
+        print(f"{name:8} MAE {result['mae']:7.1f} tokens, 95 % {low:.1f}-{high:.1f}")
+    print(
+        f"{args.out}: {head.parameters} parameters, P10-P90 {card.metrics['star']['coverage']:.1%}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--samples", required=True, type=Path, help="folder made by collect")
+    result.add_argument("--out", required=True, type=Path, help="the head, .safetensors")
+    result.add_argument("--name", help="model name to record [folder name of the model]")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--width", type=int, default=0, help="projected size [from the data]")
+    result.add_argument("--epochs", type=int, default=200, help="at most [200]")
+    result.add_argument("--plot", type=Path, help="figure of the loss curves")
+    return result
+
+
+def describe(folder: Path) -> tuple[ModelFingerprint, dict[str, Any]]:
+    """Read which model a collection is of, and how it was made.
+
+    Raises:
+        ConfigError: the folder is no collection.
+    """
+    try:
+        model = msgspec.json.decode((folder / MODEL).read_bytes(), type=ModelFingerprint)
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            f"{folder} is not a collection: {error}",
+            hint="make one with `star predictor collect`",
+        ) from error
+    # Paths of the machine that collected say nothing to whoever reads the head.
+    return model, manifest | {"model": Path(manifest["model"]).name}
+
+
+def volume(parts: dataset.Split) -> dict[str, Any]:
+    """How much data there was, for the provenance."""
+
+    def of(samples: Samples) -> dict[str, Any]:
+        return {
+            "requests": len(samples.rids),
+            "prompts": len({rid.partition("#")[0] for rid in samples.rids}),
+            "samples": len(samples.tokens),
+            "output_tokens": int(samples.output_tokens.sum()),
+            "at_limit": int((samples.censored & ~samples.cut).sum()),
+            "cut_by_end_of_collection": int(samples.cut.sum()),
+        }
+
+    return {"fit": of(parts.fit), "test": of(parts.test)}
+
+
+def predict(head: Head, samples: Samples) -> Array:
+    """Quantiles of every sample as the engine would estimate them, before the limit applies."""
+    x = dataset.inputs(samples, head.weights.mean, head.weights.projection)
+    return head.quantiles(head.logits(x.now, x.mean, x.first, x.counts))
+
+
+def plot(curves: Curves, path: Path) -> None:
+    """Draw loss against epoch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="loss (nats per sample)")
+    axes.plot(curves.train, label="trained on")
+    axes.plot(curves.held_out, label="left out")
+    axes.legend()
+    figure.savefig(path)

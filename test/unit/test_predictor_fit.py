@@ -1,0 +1,140 @@
+"""Fitting on data whose truth is known: accuracy, calibration, censoring, reproducibility."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sglang_star.errors import ConfigError
+from sglang_star.predictor import dataset, metrics
+from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
+from sglang_star.predictor.fit import Recipe, fit
+from sglang_star.predictor.head import Head
+from sglang_star.predictor.samples import Samples, load_samples, write_shard
+from sglang_star.predictor.train import main as train
+from sglang_star.predictor.train import predict
+from unit import predictor_cases as cases
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dataset.Split:
+    folder = tmp_path_factory.mktemp("samples")
+    write_shard(folder / "shard-000000.safetensors", cases.records(700))
+    return dataset.split(load_samples(folder))
+
+
+@pytest.fixture(scope="module")
+def head(parts: dataset.Split) -> Head:
+    weights, _ = fit(parts.fit, Recipe(epochs=40), quiet=True)
+    return Head(cases.head().card, weights)
+
+
+def test_the_head_uses_what_the_hidden_state_tells(parts: dataset.Split, head: Head) -> None:
+    ours = metrics.score(predict(head, parts.test), parts.test)
+    age = metrics.score(ByAge(parts.fit, 0).predict(parts.test), parts.test)
+    assert ours["mae_ci"][1] < age["mae_ci"][0]
+    assert ours["c_index"] > 0.8
+
+
+def test_intervals_cover_what_they_say(parts: dataset.Split, head: Head) -> None:
+    result = metrics.score(predict(head, parts.test), parts.test)
+    assert 0.7 <= result["coverage"] <= 0.9
+
+
+def test_some_outputs_were_cut_and_the_fit_reads_past_them(
+    parts: dataset.Split, head: Head
+) -> None:
+    cut = parts.fit.censored
+    assert 0.02 < cut.mean() < 0.3
+    # Just before the limit the model must not believe that every output ends there.
+    late = parts.fit.select(cut)
+    rows = late.tokens > 300
+    assert np.median(predict(head, late)[rows, -1]) > np.median(late.remaining[rows])
+
+
+def test_same_seed_same_head(parts: dataset.Split) -> None:
+    first, _ = fit(parts.fit, Recipe(epochs=2), quiet=True)
+    again, _ = fit(parts.fit, Recipe(epochs=2), quiet=True)
+    assert np.array_equal(first.w1, again.w1)
+    assert np.array_equal(first.levels, again.levels)
+
+
+def test_a_feature_that_never_varied_does_not_act(parts: dataset.Split, head: Head) -> None:
+    x = dataset.inputs(parts.test, head.weights.mean, head.weights.projection)
+    other = x.counts.copy()
+    other[:, 2] *= 8  # every request was collected with one max_new_tokens
+    assert np.array_equal(
+        head.logits(x.now, x.mean, x.first, x.counts), head.logits(x.now, x.mean, x.first, other)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"paper"}))
+def test_baselines_predict_every_sample(parts: dataset.Split, name: str) -> None:
+    predicted = BASELINES[name](parts.fit, 0).predict(parts.test)
+    assert predicted.shape[0] == len(parts.test.tokens)
+    assert np.isfinite(predicted).all()
+    score = metrics.score(predicted, parts.test)
+    constant = metrics.score(ConstantMedian(parts.fit, 0).predict(parts.test), parts.test)
+    assert score["mae"] <= constant["mae"] * 1.2
+
+
+def test_no_prompt_is_in_two_splits(parts: dataset.Split) -> None:
+    keys = [{rid.partition("#")[0] for rid in part.rids} for part in (parts.fit, parts.test)]
+    assert not keys[0] & keys[1]
+
+
+def test_requests_cut_by_the_end_of_collection_are_not_judged(tmp_path: Path) -> None:
+    made = cases.records(400)
+    for record in made[::2]:
+        record.censored, record.max_new_tokens = True, 10_000
+    write_shard(tmp_path / "shard-000000.safetensors", made)
+    parts = dataset.split(load_samples(tmp_path))
+    assert not parts.test.cut.any()
+    assert parts.fit.cut.any()
+
+
+def test_all_censored_is_refused(tmp_path: Path) -> None:
+    made = cases.records(400)
+    for record in made:
+        record.censored = True
+    write_shard(tmp_path / "shard-000000.safetensors", made)
+    with pytest.raises(ConfigError, match="no length was ever seen"):
+        dataset.split(load_samples(tmp_path))
+
+
+def test_too_few_requests_are_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard-000000.safetensors", cases.records(30))
+    with pytest.raises(ConfigError, match="at least 20 needed"):
+        dataset.split(load_samples(tmp_path))
+
+
+def test_training_needs_a_collection(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a collection"):
+        train(["--samples", str(tmp_path), "--out", str(tmp_path / "h.safetensors")])
+
+
+def test_a_perfect_prediction_scores_perfectly(parts: dataset.Split) -> None:
+    result = metrics.score(parts.test.remaining.astype(float), parts.test)
+    assert result["mae"] == 0
+    assert result["spearman"] == pytest.approx(1.0)
+    assert result["c_index"] == pytest.approx(1.0)
+
+
+def test_running_means_repeat_the_engine(parts: dataset.Split) -> None:
+    from sglang_star.predictor.estimator import fuse
+
+    some: Samples = parts.test.select(np.arange(len(parts.test.rids)) < 5)
+    mean = np.zeros(cases.HIDDEN, np.float32)
+    identity = np.eye(cases.HIDDEN, dtype=np.float32)
+    found = dataset.inputs(some, mean, identity)
+    for number in range(5):
+        rows = np.flatnonzero(some.request == number)
+        req = cases.request()
+        for row in rows:
+            # Twenty equal steps have the mean that the recorder writes.
+            for _ in range(1 if row == rows[0] else cases.INTERVAL):
+                fusion = fuse(req, some.pooled[row].astype(np.float32))
+            assert fusion.mean == pytest.approx(found.mean[row], abs=1e-3)
+            assert fusion.first == pytest.approx(found.first[row], abs=1e-3)
