@@ -54,8 +54,13 @@ class StarApi:
         ]
 
     async def cluster(self, request: web.Request) -> web.Response:
-        """Show the fleet."""
-        return json_reply(cluster_json(self._cluster, self._ledger, self._dispatcher, self._feed))
+        """Show the fleet; ``?requests=0`` leaves out the running requests."""
+        requests = request.query.get("requests", "1") != "0"
+        return json_reply(
+            cluster_json(
+                self._cluster, self._ledger, self._dispatcher, self._feed, requests=requests
+            )
+        )
 
     async def migrations(self, request: web.Request) -> web.Response:
         """Show migrations, the latest first; ``?limit=N``."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from msgspec.structs import asdict
 from prometheus_client.core import Metric
 
 from sglang_star_router.cluster import Cluster, Instance
@@ -16,7 +17,9 @@ from sglang_star_router.rescheduler import Rescheduler
 from sglang_star_router.telemetry import StatusFeed
 
 
-def instance_json(instance: Instance, ledger: Ledger, now: float) -> dict[str, Any]:
+def instance_json(
+    instance: Instance, ledger: Ledger, now: float, *, requests: bool
+) -> dict[str, Any]:
     """Return one instance as ``GET /star/cluster`` shows it."""
     status, advertisement = instance.status, instance.advertisement
     moves_out, moves_in = ledger.moves_of(instance)
@@ -49,18 +52,21 @@ def instance_json(instance: Instance, ledger: Ledger, now: float) -> dict[str, A
             "queued": status.queued,
             "retracted": status.retracted,
             "retractions": status.retractions,
-            "requests": [
-                {name: getattr(request, name) for name in request.__struct_fields__}
-                for request in status.requests
-            ],
         }
+        if requests:
+            row["status"]["requests"] = [asdict(one) for one in status.requests]
     return row
 
 
 def cluster_json(
-    cluster: Cluster, ledger: Ledger, dispatcher: Dispatcher, feed: StatusFeed
+    cluster: Cluster,
+    ledger: Ledger,
+    dispatcher: Dispatcher,
+    feed: StatusFeed,
+    *,
+    requests: bool = True,
 ) -> dict[str, Any]:
-    """Return the body of ``GET /star/cluster``."""
+    """Return the body of ``GET /star/cluster``; without ``requests`` it stays small."""
     now = time.monotonic()
     return {
         "time": time.time(),
@@ -69,7 +75,7 @@ def cluster_json(
         "open_migrations": ledger.open_count,
         "statuses_received": feed.received,
         "statuses_dropped": sum(feed.dropped.values()),
-        "instances": [instance_json(one, ledger, now) for one in cluster],
+        "instances": [instance_json(one, ledger, now, requests=requests) for one in cluster],
     }
 
 

@@ -118,7 +118,8 @@ def test_policy_that_raises_does_not_end_the_loop(caplog):
             await eventually(lambda: a.orders)
             assert (await running.post("/generate", {"text": "a"}))[0] == 200
             text = (await running.get("/metrics"))[1].decode()
-            assert "star_router_rescheduler_errors_total 3.0" in text or "errors_total" in text
+            errors = running.router.rescheduler.errors
+            assert f"star_router_rescheduler_errors_total {float(errors)}" in text
 
     run(check())
 
@@ -225,14 +226,15 @@ def test_stale_instance_is_no_target():
     async def check():
         policy = Scripted()
         a, b = FakeEngine(), FakeEngine()
-        async with fleet(
-            a, b, policies={"rescheduler_policy": policy}, status_stale=0.3
-        ) as running:
-            await running.publish(a)
-            await eventually(
-                lambda: policy.snapshots[-1].instances.accepts.tolist() == [True, False]
-            )
-            await eventually(lambda: not policy.snapshots[-1].instances.accepts.any())
+        policies = {"rescheduler_policy": policy}
+        async with fleet(a, b, policies=policies, status_stale=0.3) as running:
+
+            def accepting():
+                return policy.snapshots[-1].instances.accepts.tolist() if policy.snapshots else None
+
+            while accepting() != [True, False]:
+                await running.publish(a)
+            await eventually(lambda: accepting() == [False, False])
             # Requests are still served: silence is no reason to refuse them.
             assert (await running.post("/generate", {"text": "a"}))[0] == 200
 
