@@ -117,9 +117,7 @@ def execute(run: Run, progress: Progress | None = None) -> tuple[dict[str, Any],
         "instances": run.decode,
         "prefill_instances": config.prefill_instances,
         "rate_scale": round(scale, 6),
-        "load": round(
-            window.arrival_s.size / run.duration_s / saturation_rate(window, decode), 4
-        ),
+        "load": round(window.arrival_s.size / run.duration_s / saturation_rate(window, decode), 4),
         "seed": run.seed,
         "error_scale": None if run.error_scale == float("inf") else run.error_scale,
         "predictor": "none" if fleet.view.predictor is None else f"emulated: {run.curve.label}",

@@ -143,7 +143,7 @@ def save(trace: Trace, path: Path | str) -> None:
 
 
 def _mooncake(path: Path) -> Trace:
-    """Mooncake: one JSON object per line, ``timestamp`` in ms, ``input_length``, ``output_length``."""
+    """Mooncake: JSON per line with ``timestamp`` (ms), ``input_length``, ``output_length``."""
     with path.open(encoding="utf-8") as lines:
         try:
             rows = [json.loads(line) for line in lines if line.strip()]
@@ -187,14 +187,13 @@ def _csv(path: Path) -> Trace:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         header = frozenset(reader.fieldnames or ())
-        for wanted, (when, prompt, output, parse) in _CSV_FORMATS.items():
-            if wanted <= header:
-                break
-        else:
+        known = next((f for f in _CSV_FORMATS if f <= header), None)
+        if known is None:
             raise ConfigError(
                 f"{path.name}: unknown columns {', '.join(sorted(header)) or '(none)'}",
                 hint="known: Azure, BurstGPT, ServeGen, or " + ", ".join(COLUMNS),
             )
+        when, prompt, output, parse = _CSV_FORMATS[known]
         try:
             rows = [(parse(r[when]), float(r[prompt]), float(r[output])) for r in reader]
         except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Live requests as columns, so that a status of the whole fleet is a handful of array operations."""
+"""Live requests as columns, so that a status of the fleet is a handful of array operations."""
 
 from __future__ import annotations
 

@@ -44,12 +44,17 @@ class StarPoint:
         for instant in range(self.steps.size):
             loads[:, instant] = np.bincount(reqs.instance, request[:, instant], n)
         slots = MoveSlots(snapshot, p.moves_per_instance, p.cooldown_s)
+        weighted = loads @ self.weight
+        rank = load.name_rank(inst.ids)
+        over = np.flatnonzero((weighted > (1.0 + p.overload) * weighted.mean()) & (slots.free > 0))
+        over = over[np.lexsort((rank[over], -weighted[over]))]
         orders: list[MoveOrder] = []
-        while len(orders) < p.moves_per_round:
-            order = self._best(snapshot, slots, loads, request, left)
-            if order is None:
+        for source in over[: 2 * p.moves_per_round]:
+            if len(orders) >= p.moves_per_round:
                 break
-            orders.append(order)
+            order = self._best(snapshot, slots, loads, request, left, int(source))
+            if order is not None:
+                orders.append(order)
         return orders
 
     def _best(
@@ -59,25 +64,25 @@ class StarPoint:
         loads: FloatArray,
         request: FloatArray,
         left: FloatArray,
+        source: int,
     ) -> MoveOrder | None:
-        """Pick one move, update ``loads`` and ``slots``; None when nothing is worth it."""
+        """Pick one move off ``source``, update ``loads`` and ``slots``; None if none is worth it."""
         p, inst = self.params, snapshot.instances
         weighted = loads @ self.weight
-        mean = weighted.mean()
-        rank = load.name_rank(inst.ids)
-        over = np.flatnonzero((weighted > (1.0 + p.overload) * mean) & (slots.free > 0))
         under = slots.open_targets()
-        under = under[weighted[under] < mean]
-        if over.size == 0 or under.size == 0:
+        under = under[weighted[under] < weighted.mean()]
+        under = under[under != source]
+        if under.size == 0:
             return None
-        source = int(over[np.lexsort((rank[over], -weighted[over]))[0]])
-        target = int(under[np.lexsort((rank[under], weighted[under]))[0]])
+        lowest = under[weighted[under] <= weighted[under].min()]
+        target = int(lowest[np.argmin(load.name_rank(inst.ids)[lowest])])
         rows = self._worth_moving(snapshot, slots.candidates(source), left, target, loads)
-        reduction = self._reduction(loads, request, rows, source, target)
+        if rows.size == 0:
+            return None
+        reduction = np.round(self._reduction(loads, request, rows, source, target), 3)
         variance = float(loads.var(axis=0) @ self.weight)
-        if rows.size == 0 or reduction.max() < p.min_gain * variance:
-            slots.free[source] = 0
-            return self._best(snapshot, slots, loads, request, left)
+        if reduction.max() < p.min_gain * variance:
+            return None
         ties = rows[reduction >= reduction.max()]
         row = min(ties, key=lambda r: snapshot.requests.rids[r])
         loads[source] -= request[row]
@@ -116,7 +121,7 @@ class StarPoint:
     ) -> IntArray:
         """Rows that fit at the target and whose remaining output repays the move."""
         p, inst = self.params, snapshot.instances
-        context = load.context_tokens(snapshot)[rows]
+        context = snapshot.requests.prompt_tokens[rows] + snapshot.requests.output_tokens[rows]
         step_s = max(float(np.median(inst.step_ms)), 1e-3) / 1e3
         move_steps = context / p.copy_tokens_per_s / step_s
         fits = loads[target, 0] + context <= p.target_limit * inst.kv_capacity[target]
