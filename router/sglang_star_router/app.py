@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from sglang_star_router.health import Health
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
+from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.registry import make_dispatch, make_rescheduler
 from sglang_star_router.proxy import Proxy, request_block
 from sglang_star_router.replies import Rejected, json_reply, rejection
@@ -101,6 +103,7 @@ class Router:
             ),
             queue_size=config.queue_size,
             queue_timeout_s=config.queue_timeout,
+            hold_deadline_s=_hold_deadline_s(config),
             true_lengths=oracle,
         )
         self.proxy = Proxy(config, self.pool, self.dispatcher, self.health, self.metrics)
@@ -247,3 +250,10 @@ class Router:
         return fleet_metrics(
             self.cluster, self.ledger, self.dispatcher, self.feed, self.rescheduler
         )
+
+
+def _hold_deadline_s(config: RouterConfig) -> float:
+    """After how long a held request yields to fresher ones: ``star``'s parameter, else never."""
+    if config.policy != "star":
+        return math.inf
+    return float(config.dispatch_params.get("hold_deadline_s", StarParams().hold_deadline_s))

@@ -1,26 +1,31 @@
-"""Where an arrival goes: the policy decides, and what it holds waits here in order.
+"""Where an arrival goes: the policy decides, and what it holds waits here.
 
-Held requests wait first come, first served: nobody overtakes the head of the queue. A request that
-waits too long, or finds the queue full, gets an honest refusal with ``Retry-After``.
+Held requests are tried again whenever the fleet has changed, those that can still meet their TTFT
+limit first, the oldest first among them (``policy.holding``). One that waits too long, or finds the
+queue full, gets an honest refusal with ``Retry-After``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from sglang_star_router.calls import Call
 from sglang_star_router.cluster import Cluster, Dispatch, Instance
 from sglang_star_router.policy.base import DispatchPolicy
-from sglang_star_router.policy.snapshot import Arrival, Placement
+from sglang_star_router.policy.holding import retry_order
+from sglang_star_router.policy.snapshot import Arrival
 from sglang_star_router.replies import Rejected
 from sglang_star_router.snapshot import Snapshots
 
-RECHECK_S = 0.1
-"""The head of the queue asks the policy again at least this often, seconds."""
+RETRY_AFTER_CHANGE_S = 0.005
+"""Changes of the fleet are gathered for so long before held requests are tried again."""
+RETRY_ANYHOW_S = 0.1
+"""They are tried again at least this often: a policy may also wait for time to pass."""
+FAILURES = 4
+"""Held requests in a row that find no room before the rest is left for the next change."""
 
 
 @dataclass(slots=True)
@@ -34,16 +39,28 @@ class Seat:
 
     decode: Instance
     prefill: Instance | None
-    reason: str
     tickets: list[tuple[Instance, Dispatch]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    call: Call
+    arrival: Arrival
+    excluded: Collection[str]
+    seated: asyncio.Future[Seat]
 
 
 class Dispatcher:
     """Seats arrivals by policy.
 
     Attributes:
-        sequence: arrivals seated so far; holding: requests waiting now.
-        held: requests that had to wait; refused: those sent away, by HTTP status.
+        sequence: arrivals seated so far; held: those that had to wait.
+        refused: those sent away, by HTTP status.
+
+    Args:
+        hold_deadline_s: how long a held request may wait and still be in time; later it yields
+            to fresher ones.
+        queue_timeout_s: how long it may wait at all.
     """
 
     def __init__(
@@ -56,6 +73,7 @@ class Dispatcher:
         prefill_snapshots: Snapshots | None = None,
         queue_size: int,
         queue_timeout_s: float,
+        hold_deadline_s: float,
         true_lengths: bool = False,
     ) -> None:
         self.sequence = 0
@@ -66,11 +84,13 @@ class Dispatcher:
         self._snapshots = decode_snapshots
         self._prefill_policy = prefill_policy
         self._prefill_snapshots = prefill_snapshots
-        self._queue: deque[asyncio.Event] = deque()
+        self._queue: list[_Held] = []
         self._queue_size = queue_size
         self._queue_timeout_s = queue_timeout_s
+        self._hold_deadline_s = hold_deadline_s
         self._true_lengths = true_lengths
-        cluster.watch(self._wake)
+        self._timer: asyncio.TimerHandle | None = None
+        cluster.watch(self._on_change)
 
     @property
     def holding(self) -> int:
@@ -87,21 +107,13 @@ class Dispatcher:
             Rejected: no instance is left, the queue is full, or the wait was too long.
         """
         arrival = self._arrival(call, rid)
-        placement = None
-        if not self._queue:
-            placement = self._place(arrival, excluded)
-        if placement is None or placement.instance is None:
-            placement = await self._hold(arrival, excluded)
-        self.sequence += 1
-        decode = self._named(placement.instance)
-        seat = Seat(decode, self._partner(arrival, excluded), placement.reason)
-        for instance in (decode, seat.prefill):
-            if instance is not None:
-                ticket = self._cluster.sent(
-                    instance, rid, arrival.prompt_tokens, call.prompt_bytes, arrival.max_new_tokens
-                )
-                seat.tickets.append((instance, ticket))
-        return seat
+        if not any(self._in_time(one, arrival.arrived_s) for one in self._queue):
+            seat = self._try(call, arrival, excluded)
+            if seat is not None:
+                return seat
+        if len(self._queue) >= self._queue_size:
+            raise self._refusal(429, f"{len(self._queue)} requests are waiting already")
+        return await self._hold(call, arrival, excluded)
 
     def prefilled(self, seat: Seat) -> None:
         """Note that prefill has done its part, long before the attempt ends."""
@@ -115,7 +127,7 @@ class Dispatcher:
             self._cluster.ended(instance, ticket)
         seat.tickets.clear()
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ one decision
 
     def _arrival(self, call: Call, rid: str) -> Arrival:
         prompt = call.prompt_ids or self._cluster.tokens_of(call.prompt_bytes)
@@ -132,7 +144,7 @@ class Dispatcher:
             true_output_tokens=float(total) if self._true_lengths else float("nan"),
         )
 
-    def _place(self, arrival: Arrival, excluded: Collection[str]) -> Placement | None:
+    def _try(self, call: Call, arrival: Arrival, excluded: Collection[str]) -> Seat | None:
         """Ask the policy once; None means wait.
 
         Raises:
@@ -145,33 +157,21 @@ class Dispatcher:
         placement = self._policy.place(snapshot, arrival, self.sequence)
         if placement.reject:
             raise self._refusal(429, "the fleet is saturated and cannot serve this in time")
-        return placement if placement.instance is not None else None
-
-    async def _hold(self, arrival: Arrival, excluded: Collection[str]) -> Placement:
-        if len(self._queue) >= self._queue_size:
-            raise self._refusal(429, f"{len(self._queue)} requests are waiting already")
-        turn = asyncio.Event()
-        self._queue.append(turn)
-        self.held += 1
-        deadline = time.monotonic() + self._queue_timeout_s
-        try:
-            while True:
-                if self._queue[0] is turn:
-                    placement = self._place(arrival, excluded)
-                    if placement is not None:
-                        return placement
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._refusal(503, "no instance had room in time")
-                turn.clear()
-                try:
-                    async with asyncio.timeout(min(left, RECHECK_S)):
-                        await turn.wait()
-                except TimeoutError:
-                    pass
-        finally:
-            self._queue.remove(turn)
-            self._wake()
+        if placement.instance is None:
+            return None
+        seat = Seat(self._named(placement.instance), self._partner(arrival, excluded))
+        self.sequence += 1
+        for instance in (seat.decode, seat.prefill):
+            if instance is not None:
+                ticket = self._cluster.sent(
+                    instance,
+                    arrival.rid,
+                    arrival.prompt_tokens,
+                    call.prompt_bytes,
+                    arrival.max_new_tokens,
+                )
+                seat.tickets.append((instance, ticket))
+        return seat
 
     def _partner(self, arrival: Arrival, excluded: Collection[str]) -> Instance | None:
         if self._prefill_policy is None or self._prefill_snapshots is None:
@@ -183,20 +183,86 @@ class Dispatcher:
             raise self._refusal(503, _why_nobody(self._cluster.of_role("prefill")))
         return self._named(placement.instance)
 
-    def _named(self, name: str | None) -> Instance:
-        instance = self._cluster.find(name or "")
+    def _named(self, name: str) -> Instance:
+        instance = self._cluster.find(name)
         if instance is None:
             raise self._refusal(503, f"the policy chose {name!r}, which is not in the fleet")
         return instance
-
-    def _wake(self) -> None:
-        if self._queue:
-            self._queue[0].set()
 
     def _refusal(self, status: int, message: str) -> Rejected:
         self.refused[status] += 1
         kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
         return Rejected(message, status=status, kind=kind, retry_after_s=1)
+
+    # ------------------------------------------------------------------ holding
+
+    async def _hold(self, call: Call, arrival: Arrival, excluded: Collection[str]) -> Seat:
+        seated: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
+        held = _Held(call, arrival, excluded, seated)
+        self._queue.append(held)
+        self.held += 1
+        self._retry_in(RETRY_ANYHOW_S)
+        try:
+            async with asyncio.timeout(self._queue_timeout_s):
+                return await asyncio.shield(seated)
+        except BaseException as error:
+            # It may have been seated in the very moment the client left or time ran out.
+            if seated.done() and not seated.cancelled() and seated.exception() is None:
+                self.leave(seated.result())
+            if isinstance(error, TimeoutError):
+                raise self._refusal(503, "no instance had room in time") from None
+            raise
+        finally:
+            if held in self._queue:
+                self._queue.remove(held)
+
+    def _in_time(self, held: _Held, now: float) -> bool:
+        return now - held.arrival.arrived_s <= self._hold_deadline_s
+
+    def _on_change(self) -> None:
+        if self._queue:
+            self._retry_in(RETRY_AFTER_CHANGE_S)
+
+    def _retry_in(self, delay_s: float) -> None:
+        """Try the queue again after ``delay_s``, or sooner if that is planned."""
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + delay_s:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(delay_s, self._retry)
+
+    def _retry(self) -> None:
+        """Go through the queue, those in time first, each group until it stalls."""
+        self._timer = None
+        now = time.monotonic()
+        order, in_time = retry_order(
+            [one.arrival for one in self._queue], now, self._hold_deadline_s
+        )
+        queue = list(self._queue)
+        for group in (order[:in_time], order[in_time:]):
+            failures = 0
+            for position in group:
+                failures = 0 if self._settle(queue[position]) else failures + 1
+                if failures >= FAILURES:
+                    break
+        if self._queue:
+            self._retry_in(RETRY_ANYHOW_S)
+
+    def _settle(self, held: _Held) -> bool:
+        """Whether a held request left the queue, seated or refused."""
+        if held.seated.done():
+            return True
+        try:
+            seat = self._try(held.call, held.arrival, held.excluded)
+        except Exception as error:
+            held.seated.set_exception(error)
+        else:
+            if seat is None:
+                return False
+            held.seated.set_result(seat)
+        self._queue.remove(held)
+        return True
 
 
 def _why_nobody(instances: list[Instance]) -> str:

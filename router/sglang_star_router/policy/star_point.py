@@ -66,7 +66,7 @@ class StarPoint:
         left: FloatArray,
         source: int,
     ) -> MoveOrder | None:
-        """Pick one move off ``source``, update ``loads`` and ``slots``; None if none is worth it."""
+        """Pick one move off ``source``, updating ``loads``; None if none is worth it."""
         p, inst = self.params, snapshot.instances
         weighted = loads @ self.weight
         under = slots.open_targets()
