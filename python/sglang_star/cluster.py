@@ -6,7 +6,9 @@ configured that could not be typed: every process is an ordinary command line wi
 
 from __future__ import annotations
 
+import json
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,8 +34,7 @@ class Cluster:
     """A running cluster; use it as a context manager, so that it ends with the block.
 
     Attributes:
-        url: the router's address, once started.
-        engines: where the engines are, once started.
+        url: the router's address, once started; engines: where the engines are.
     """
 
     spec: ClusterSpec
@@ -84,7 +85,8 @@ class Cluster:
         """
         self._processes.pop().stop()
         port = self.spec.port or free_ports(1, self.spec.host)[0]
-        self._start_router(replace(self.spec, **changes), port, time.monotonic())
+        self._start_router(replace(self.spec, **changes), port)
+        self._wait(self._processes[-1:], time.monotonic())
 
     def stop(self) -> None:
         """End every process and wait until none is left; more Ctrl-C does not stop it."""
@@ -112,14 +114,12 @@ class Cluster:
         self.report(f"starting {len(self.engines)} engines with {spec.model}")
         for engine in self.engines:
             self._launch(engine.name, engine.command, engine.url, CPU_ENVIRONMENT)
+        self._start_router(spec, port)
         self._wait(self._processes, began)
-        self._start_router(spec, port, began)
 
-    def _start_router(self, spec: ClusterSpec, port: int, began: float) -> None:
-        url = f"http://{spec.host}:{port}"
-        self._launch("router", router_command(spec, self.engines, port), url, {})
-        self._wait(self._processes[-1:], began)
-        self.url = url
+    def _start_router(self, spec: ClusterSpec, port: int) -> None:
+        self.url = f"http://{spec.host}:{port}"
+        self._launch("router", router_command(spec, self.engines, port), self.url, {})
 
     def _launch(
         self, name: str, command: tuple[str, ...], url: str, environment: dict[str, str]
@@ -138,3 +138,17 @@ class Cluster:
                 waiting.remove(process)
                 self.report(f"{process.name} is ready after {time.monotonic() - began:.0f} s")
             self.check()
+        while not self._members_healthy():
+            if time.monotonic() - began > self.spec.start_timeout_s:
+                raise SetupError(
+                    "the router does not accept every engine; the end of its log:\n"
+                    + self._processes[-1].tail(),
+                    hint=f"the whole log is {self._processes[-1].log}",
+                )
+            self.check()
+            time.sleep(0.1)
+
+    def _members_healthy(self) -> bool:
+        """Whether the router sends requests to every engine: it is healthy before it does."""
+        with urllib.request.urlopen(f"{self.url}/star/cluster", timeout=30) as answer:
+            return all(one["healthy"] for one in json.load(answer)["instances"])

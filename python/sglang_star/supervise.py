@@ -1,9 +1,10 @@
 """Runs one command so that nothing of it outlives the process that wanted it.
 
 ``python -m sglang_star.supervise GRACE_S COMMAND ...`` starts COMMAND in a session of its own and
-waits. When COMMAND ends, or standard input reaches its end (the owner closed it, or died, even of
-SIGKILL), the whole process group is ended, SIGTERM first and SIGKILL after GRACE_S seconds, and
-this process exits with COMMAND's status. Standard library only: it starts in milliseconds and
+waits. When standard input reaches its end (the owner closed it, or died, even of SIGKILL),
+COMMAND gets a SIGTERM and GRACE_S seconds to end itself and its children in good order. Once it
+has ended, or has not in time, the rest of its process group is killed, and this process exits
+with COMMAND's status. Standard library only: it starts in milliseconds and
 stays small.
 """
 
@@ -30,14 +31,18 @@ def main() -> int:
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
     )
     group = child.pid
-    _wait_for_end_or_order(group)
-    status = _reap(group)
-    _signal_group(group, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    while _signal_group(group, 0):
-        if time.monotonic() > deadline:
-            _signal_group(group, signal.SIGKILL)
-        time.sleep(0.02)
+    with selectors.DefaultSelector() as selector:
+        ended = os.pidfd_open(group)
+        selector.register(ended, selectors.EVENT_READ)
+        selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
+        selector.select()
+        # Only the leader is asked: servers take the end of a child for a crash and dwell on it.
+        signal.pidfd_send_signal(ended, signal.SIGTERM)
+        selector.unregister(sys.stdin.fileno())
+        selector.select(grace_s)
+    status = -1
+    while _kill(group):
+        time.sleep(0.01)
         status = _reap(group, status)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
@@ -49,7 +54,7 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def _reap(group: int, status: int = -1) -> int:
+def _reap(group: int, status: int) -> int:
     """Collect all dead children; return the leader's wait status once it is among them."""
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -66,19 +71,10 @@ def _default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _wait_for_end_or_order(pid: int) -> None:
-    ended = os.pidfd_open(pid)
-    with selectors.DefaultSelector() as selector:
-        selector.register(ended, selectors.EVENT_READ)
-        selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
-        selector.select()
-    os.close(ended)
-
-
-def _signal_group(group: int, number: int) -> bool:
-    """Signal every member; return whether there was one."""
+def _kill(group: int) -> bool:
+    """Kill every member; return whether there was one, zombies included."""
     try:
-        os.killpg(group, number)
+        os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return False
     return True

@@ -30,6 +30,7 @@ SERVER = textwrap.dedent("""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200); self.end_headers()
+            self.wfile.write(b'{"instances": [{"healthy": true}]}')
     server = http.server.HTTPServer(("127.0.0.1", port), Handler)
     with open(pids + ".new", "w") as file:
         json.dump([os.getpid(), child.pid], file)
@@ -272,7 +273,8 @@ def test_cluster_starts_serves_and_leaves_nothing(fake_commands: Path) -> None:
         os.kill(pids[0], signal.SIGKILL)
         eventually(lambda: died(running_cluster), "the cluster did not notice a death")
     assert not any(map(running, pids))
-    assert [line.split()[0] for line in said][-1] == "router"
+    ready = {line.split()[0] for line in said[1:]}
+    assert ready == {"prefill-0", "decode-0", "decode-1", "router"}
     assert (fake_commands / "logs" / "decode-1.log").read_text().startswith("serving\n")
 
 

@@ -18,7 +18,7 @@ from sglang_star.demo.client import Sighting, Stream, Watcher, replay, served_mo
 from sglang_star.demo.progress import Progress
 from sglang_star.demo.prompts import PROMPTS, Prompt
 from sglang_star.demo.report import Estimate, Twin
-from sglang_star.demo.run import verdict
+from sglang_star.demo.run import RESCHEDULER_ARGUMENTS, ROUTER_ARGUMENTS, verdict
 
 WORDS = ["One", " two", " three"]
 IDS = [11, 12, 13]
@@ -301,6 +301,18 @@ def test_progress_announces_each_move_once(capsys: pytest.CaptureFixture[str]) -
     assert out.count("demo-a: decode-0 -> decode-1") == 1
     assert "refused: full" in out
     assert "2/2 answers" in out
+
+
+def test_the_router_takes_the_demos_flags() -> None:
+    from sglang_star.cluster_layout import ClusterSpec, engines, router_command
+    from sglang_star_router.config import parse_args
+    from sglang_star_router.policy.registry import make_rescheduler
+
+    flags = (*ROUTER_ARGUMENTS, *RESCHEDULER_ARGUMENTS)
+    spec = ClusterSpec(model="m", prefill=1, decode=2, router_arguments=flags)
+    config = parse_args(list(router_command(spec, tuple(engines(spec)), 30000)[3:]))
+    assert (config.policy, config.rescheduler) == ("round-robin", "star")
+    make_rescheduler(config.rescheduler, **config.rescheduler_params)
 
 
 def test_prompts_alternate_and_have_distinct_names() -> None:

@@ -52,8 +52,6 @@ RESCHEDULER_ARGUMENTS: Final = (
     "tpot_slo_ms=2000",
     "--rescheduler-param",
     "horizon_steps=256",
-    "--rescheduler-param",
-    "min_remaining_steps=32",
 )
 
 
