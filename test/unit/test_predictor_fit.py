@@ -21,13 +21,13 @@ from unit import predictor_cases as cases
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dataset.Split:
     folder = tmp_path_factory.mktemp("samples")
-    write_shard(folder / "shard-000000.safetensors", cases.records(700))
+    write_shard(folder / "shard-000000.safetensors", cases.records(500))
     return dataset.split(load_samples(folder))
 
 
 @pytest.fixture(scope="module")
 def head(parts: dataset.Split) -> Head:
-    weights, _ = fit(parts.fit, Recipe(epochs=40), quiet=True)
+    weights, _ = fit(parts.fit, Recipe(epochs=25, learning_rate=3e-3), quiet=True)
     return Head(cases.head().card, weights)
 
 

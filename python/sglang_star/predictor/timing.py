@@ -1,0 +1,48 @@
+"""What one step of a head costs."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from sglang_star.predictor.estimator import Estimator
+from sglang_star.predictor.head import Head
+
+STEPS: Final = 200
+
+
+def step_ms(head: Head, batch: int, steps: int = STEPS) -> tuple[float, float]:
+    """Median CPU time of the two halves for one step of ``batch`` requests.
+
+    CPU time of this thread, so that other work on the machine does not count.
+
+    Returns:
+        Milliseconds of the device half, run on this CPU, and of the host half.
+    """
+    weights = head.weights
+    hidden = torch.randn(batch, len(weights.mean), dtype=torch.bfloat16)
+    static = torch.zeros(batch, len(weights.mean))
+    projection, bias = torch.tensor(weights.projection), torch.zeros(head.width)
+    projected = torch.zeros(batch, head.width)
+    estimator, reqs = Estimator(head), [_request() for _ in range(batch)]
+    times = np.zeros((steps, 2))
+    for step in range(steps):
+        started = time.thread_time()
+        static.copy_(hidden)
+        rows = torch.addmm(bias, static, projection, out=projected).clone()
+        halfway = time.thread_time()
+        estimator.step(rows.numpy(), reqs, [step + 1] * batch)
+        times[step] = halfway - started, time.thread_time() - halfway
+    device, host = np.median(times, axis=0) * 1e3
+    return float(device), float(host)
+
+
+def _request() -> Any:
+    """What the estimator reads of an SGLang request."""
+    return SimpleNamespace(
+        origin_input_ids=[0] * 100, sampling_params=SimpleNamespace(max_new_tokens=1024)
+    )
