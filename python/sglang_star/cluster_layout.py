@@ -12,7 +12,12 @@ from sglang_star.errors import ConfigError
 from sglang_star.machine import free_ports, has_gpu
 
 # Several engines share the cores: one thread each, or they thrash. Schedulers that are idle sleep.
-CPU_ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# A health check that decodes a token would wake them, and SGLang answers it without.
+CPU_ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+}
 CPU_FLAGS: Final = ("--device", "cpu", "--sleep-on-idle")
 
 

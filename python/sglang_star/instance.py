@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import select
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import orjson
+import zmq
 from msgspec import structs
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -123,7 +125,7 @@ class Instance:
         )
         self.order_address = self._links.order_address
         if scheduler.idle_sleeper is not None:
-            scheduler.idle_sleeper.poller.register(self._links.wake.fd)
+            scheduler.idle_sleeper.poller.register(self._links.wake.fd, zmq.POLLIN)
         logger.info(
             "STAR %s: instance %s, status %s, migration %s",
             __version__,
@@ -136,10 +138,8 @@ class Instance:
 
     def tick(self) -> None:
         """Handle what arrived, advance moves, publish; SGLang is between two steps."""
-        if self._links.inbox:
-            self._links.wake.clear()
-            while (item := self._links.take()) is not None:
-                self._handle(item)
+        while (item := self._links.take()) is not None:
+            self._handle(item)
         if self._source.moves:
             self._source.step()
         if self._guests.by_stream:
@@ -312,10 +312,17 @@ class Instance:
             m.machine.state in (Home.PARKED, Home.COMMITTED) for m in self._source.moves.values()
         )
 
+    def may_sleep(self) -> bool:
+        """Whether nothing waits for the next tick; call before anything that polls for work.
+
+        A set wake-up whose messages were already taken would end every poll at once: it is
+        cleared first and the inbox looked at afterwards, so that no message is slept over.
+        """
+        self._links.wake.clear()
+        return not self._links.inbox
+
     def wait(self) -> None:
         """Sleep until a message arrives or a short moment has passed."""
-        import select
-
         select.select([self._links.wake.fd], [], [], 0.005)
 
     def queued(self, req: Req, *, is_retracted: bool) -> bool:

@@ -111,8 +111,9 @@ def poll_timeout_aborts(aborts: list[Any], scheduler: Any) -> list[Any]:
 
     limit_s = envs.SGLANG_REQ_RUNNING_TIMEOUT.get()
     if limit_s > 0:
-        for rid in getattr(scheduler, _INSTANCE).overdue(time.perf_counter() - limit_s):
-            aborts.append(AbortReq(rid=rid, abort_message="Request running timeout reached."))
+        overdue = getattr(scheduler, _INSTANCE).overdue(time.perf_counter() - limit_s)
+        message = "Request running timeout reached."
+        aborts.extend(AbortReq(rid=rid, abort_message=message) for rid in overdue)
     return aborts
 
 
@@ -126,6 +127,8 @@ def on_idle(original: Any, scheduler: Any) -> None:
     """AROUND ``Scheduler.on_idle``."""
     star = getattr(scheduler, _INSTANCE)
     star.decoded(steady=False)
+    if not star.may_sleep():
+        return
     if star.holds_kv_off_batch:
         star.wait()
     else:

@@ -10,6 +10,7 @@ instances therefore arrive in the order they were sent.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -58,10 +59,8 @@ class Wake:
 
     def clear(self) -> None:
         """Make it unreadable again."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            pass
 
 
 class Links:

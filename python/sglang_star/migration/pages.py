@@ -110,12 +110,11 @@ class KvPages:
 
     def _allocate(self, req: Req, held: int, length: int) -> torch.Tensor | None:
         if self.page_size == 1:
-            slots: torch.Tensor | None = self._allocator.alloc(length - held)
-            return slots
+            return self._allocator.alloc(length - held)
         device = self._allocator.device
         last = self._slots(req, held - 1, held) if held else torch.tensor([-1], device=device)
         before, after = torch.tensor([held]), torch.tensor([length])
-        slots = self._allocator.alloc_extend(
+        return self._allocator.alloc_extend(
             prefix_lens=before.to(device),
             prefix_lens_cpu=before,
             seq_lens=after.to(device),
@@ -123,7 +122,6 @@ class KvPages:
             last_loc=last.to(device),
             extend_num_tokens=length - held,
         )
-        return slots
 
 
 def _buffers(pool: Any) -> list[torch.Tensor]:

@@ -63,7 +63,8 @@ class Relay:
         self._links = links
         self._log = log
         self._timeout_s = timeout_s
-        self._fresh: list[Req] = []
+        # By rid: SGLang's detokenizer must not see a request twice in one batch.
+        self._fresh: dict[str, Req] = {}
 
     # ------------------------------------------------------------------ a stream leaves, returns
 
@@ -113,7 +114,8 @@ class Relay:
     def flush(self) -> None:
         """Send what arrived in this tick to the clients."""
         if self._fresh:
-            fresh, self._fresh = self._fresh, []
+            fresh = list(self._fresh.values())
+            self._fresh.clear()
             self._scheduler.output_streamer.stream_output(
                 fresh, any(req.return_logprob for req in fresh)
             )
@@ -140,7 +142,7 @@ class Relay:
             self._end(shadow, HomeEvent.FINISH)
             if not chunk.finished:
                 self._release(shadow.stream_id, shadow.migration_id, shadow.host, "finished")
-        self._fresh.append(req)
+        self._fresh[req.rid] = req
 
     def _end(self, shadow: Shadow, event: HomeEvent) -> None:
         shadow.machine.fire(event)
@@ -155,7 +157,7 @@ class Relay:
             shadow.req.finished_reason = FINISH_ABORT(message)
             self._end(shadow, HomeEvent.ABORT)
             self._release(shadow.stream_id, shadow.migration_id, shadow.host, "aborted")
-            self._fresh.append(shadow.req)
+            self._fresh[shadow.req.rid] = shadow.req
         self.flush()
 
     def on_live(self, peer: Peer, live: frozenset[str]) -> None:
