@@ -209,9 +209,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             pace: [free_port(), free_port()] for pace in (True, False)
         }  # paced and unpaced engines, each two instances
         for paced, ports in engines.items():
+            first = f"{ports[0]}:prefill" if options.mode == "pd" else str(ports[0])
             delays = [str(options.ttft_ms), str(options.itl_ms)] if paced else ["0", "0"]
             command = [sys.executable, "-m", "sglang_star_bench.router_engine", *delays,
-                       str(options.tokens), *map(str, ports)]  # fmt: skip
+                       str(options.tokens), first, str(ports[1])]  # fmt: skip
             child = stack.enter_context(process(command))
             wait_for(child, ports[-1], body, "the fake engine")
         targets["direct"] = (engines[True][-1], engines[False][-1])

@@ -1,6 +1,7 @@
 """The fake engine of ``star bench router``: streams events at a fixed pace and costs little.
 
-Run as ``python -m sglang_star_bench.router_engine TTFT_MS ITL_MS TOKENS PORT...``.
+Run as ``python -m sglang_star_bench.router_engine TTFT_MS ITL_MS TOKENS PORT[:prefill]...``; a
+prefill instance answers with its one token and is done.
 """
 
 from __future__ import annotations
@@ -90,20 +91,22 @@ class Engine(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self._itl_s, self._token, index + 1)
 
 
-async def serve(ttft_s: float, itl_s: float, tokens: int, ports: list[int]) -> None:
+async def serve(ttft_s: float, itl_s: float, tokens: int, instances: list[str]) -> None:
     """Serve until terminated."""
     done = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
-    events = [event(i) for i in range(tokens)] + [done]
     loop = asyncio.get_running_loop()
-    for port in ports:
+    for instance in instances:
+        port, _, role = instance.partition(":")
+        events = [event(i) for i in range(1 if role == "prefill" else tokens)] + [done]
         await loop.create_server(
-            lambda: Engine(ttft_s, itl_s, events), "127.0.0.1", port, backlog=4096
+            lambda events=events: Engine(ttft_s, itl_s, events),  # type: ignore[misc]
+            "127.0.0.1",
+            int(port),
+            backlog=4096,
         )
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
     ttft_ms, itl_ms, count, *listen = sys.argv[1:]
-    uvloop.run(
-        serve(float(ttft_ms) / 1e3, float(itl_ms) / 1e3, int(count), [int(p) for p in listen])
-    )
+    uvloop.run(serve(float(ttft_ms) / 1e3, float(itl_ms) / 1e3, int(count), listen))
