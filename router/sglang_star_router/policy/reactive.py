@@ -30,8 +30,8 @@ class Reactive:
             return []
         slots = MoveSlots(snapshot, p.moves_per_instance, p.cooldown_s)
         capacity = np.maximum(inst.kv_capacity, 1)
-        share = load.committed_tokens(snapshot) / capacity
-        share[inst.draining] = np.inf
+        # A draining instance counts as overfull, whatever it holds.
+        share = load.committed_tokens(snapshot) / capacity + np.where(inst.draining, 10.0, 0.0)
         rank = load.name_rank(inst.ids)
         context = load.context_tokens(snapshot)
         targets = slots.open_targets()
