@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: an error the user can remedy, printed with its hint. 130: Ctrl-C or SIGTERM.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sglang_star").setLevel(logging.INFO)
     # A plain `kill` unwinds the stack as Ctrl-C does, so that whatever was started is ended.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -317,6 +317,6 @@ def test_the_router_takes_the_demos_flags() -> None:
 
 def test_prompts_alternate_and_have_distinct_names() -> None:
     assert len({p.name for p in PROMPTS}) == len(PROMPTS) == 36
-    assert all(p.max_tokens > 300 for p in PROMPTS[::2])
+    assert all(p.max_tokens > 200 for p in PROMPTS[::2])
     assert all(p.max_tokens < 100 for p in PROMPTS[1::2])
     assert any(not p.greedy for p in PROMPTS[::2])

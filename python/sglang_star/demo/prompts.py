@@ -73,7 +73,7 @@ _SHORT = {
 PROMPTS: tuple[Prompt, ...] = tuple(
     chain.from_iterable(
         (
-            Prompt(long, _LONG[long], max_tokens=360, greedy=number % 6 != 5),
+            Prompt(long, _LONG[long], max_tokens=240, greedy=number % 6 != 5),
             Prompt(short, _SHORT[short], max_tokens=48, greedy=number % 6 != 5),
         )
         for number, (long, short) in enumerate(zip(_LONG, _SHORT, strict=True))

@@ -27,9 +27,9 @@ from sglang_star.model import default_model
 GAP_S: Final = 0.4
 """Between two requests: fast enough that long answers overlap."""
 
-# Half the work of a large cluster's problem: pools so small that a dozen long answers on one
-# instance will not fit, while both together hold everything with ease.
-DECODE_POOL_TOKENS: Final = 3072
+# A large cluster's problem in small: the long answers together outgrow one instance's pool, and
+# just fit into two.
+DECODE_POOL_TOKENS: Final = 2560
 
 DECODE_ARGUMENTS: Final = (
     "--max-total-tokens",
@@ -51,7 +51,12 @@ RESCHEDULER_ARGUMENTS: Final = (
     "--rescheduler-param",
     "tpot_slo_ms=2000",
     "--rescheduler-param",
-    "horizon_steps=256",
+    "horizon_steps=240",
+    # Eighteen requests are few, and chance weighs more than in a large fleet.
+    "--rescheduler-param",
+    "risk_sigma=2.0",
+    "--rescheduler-param",
+    "moves_per_instance=2",
 )
 
 
