@@ -36,6 +36,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=float, default=0.0, help="seconds not judged")
     parser.add_argument("--ttft-slo", type=float, default=2000.0, metavar="MS")
     parser.add_argument("--tpot-slo", type=float, default=50.0, metavar="MS")
+    parser.add_argument("--link-gbps", type=float, metavar="G", help="decode links, Gb/s")
     parser.add_argument(
         "--error-scale",
         type=float,
@@ -87,6 +88,7 @@ def common_run(args: argparse.Namespace) -> dict[str, Any]:
         "prefill_profile": args.prefill_profile,
         "duration_s": args.duration,
         "warmup_s": args.warmup,
+        "link_gbps": args.link_gbps,
         "error_scale": args.error_scale,
         "curve": ErrorCurve.read(args.error_curve),
         "config": config,

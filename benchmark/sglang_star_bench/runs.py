@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_star.errors import ConfigError
@@ -44,6 +44,7 @@ class Run:
         rate_scale: how much faster than recorded the trace is played; or load: multiple of the
             saturation rate, which then sets the rate scale.
         prefill: instances of the prefill pool; 0 sizes it automatically.
+        link_gbps: every decode instance's link, gigabits per second; None keeps the profile's.
         config: further :class:`FleetConfig` fields.
         star, reactive, star_point: policy parameters.
     """
@@ -59,6 +60,7 @@ class Run:
     seed: int = 0
     prefill: int = 0
     prefill_profile: str = "80gb-7b"
+    link_gbps: float | None = None
     error_scale: float = 1.0
     curve: ErrorCurve = field(default_factory=ErrorCurve.read)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +77,12 @@ class Run:
         if self.decode < 1:
             raise ConfigError(f"a fleet needs at least one decode instance, not {self.decode}")
         names = self.profile.split(",")
-        return tuple(find(names[row % len(names)]) for row in range(self.decode))
+        found = [find(names[row % len(names)]) for row in range(self.decode)]
+        if self.link_gbps is None:
+            return tuple(found)
+        if not 0 < self.link_gbps < float("inf"):
+            raise ConfigError(f"link speed must be positive, not {self.link_gbps} Gb/s")
+        return tuple(replace(p, link_bytes_per_s=self.link_gbps * 1e9 / 8) for p in found)
 
 
 def execute(run: Run, progress: Progress | None = None) -> tuple[dict[str, Any], Fleet]:
