@@ -382,6 +382,7 @@ def test_emulated_quantiles_are_calibrated() -> None:
     assert inside.mean() == pytest.approx(0.8, abs=0.03)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 1e5), min_size=1, max_size=200), st.floats(0.01, 1.0))
 def test_histogram_quantiles_are_within_a_bin(values: list[float], level: float) -> None:
     histogram = LogHistogram()
