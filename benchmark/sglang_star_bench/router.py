@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,8 @@ class Samples:
         ttft: request sent to first event; itl: gaps between reads that brought events.
         rps: completed requests per second of the capacity runs, one per round.
         round_ttft, round_itl: medians of each round, for the paired comparison.
+        cpu: processor time the router used in the capacity runs; it hardly depends on what else
+            the machine is doing. served: requests of those runs.
     """
 
     ttft: list[float] = field(default_factory=list)
@@ -47,6 +50,8 @@ class Samples:
     rps: list[float] = field(default_factory=list)
     round_ttft: list[float] = field(default_factory=list)
     round_itl: list[float] = field(default_factory=list)
+    cpu: float = 0.0
+    served: int = 0
     failed: int = 0
 
 
@@ -143,6 +148,15 @@ def process(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             child.wait()
 
 
+def cpu_s(pid: int) -> float:
+    """Return the processor time a process has used so far, all threads; 0 where unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def wait_for(child: subprocess.Popen[bytes], port: int, body: bytes, name: str) -> None:
     """Wait until a generation request succeeds.
 
@@ -198,7 +212,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ).encode()
     path = "/v1/chat/completions"
     with contextlib.ExitStack() as stack:
-        targets: dict[str, tuple[int, int]] = {}
+        targets: dict[str, tuple[int, int, int]] = {}
         routers = {"star": (sys.executable, "sglang_star_router.launch_router")}
         if has_sglang_router(options.sglang_router_python):
             routers["sglang_router"] = (
@@ -215,7 +229,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                        str(options.tokens), first, str(ports[1])]  # fmt: skip
             child = stack.enter_context(process(command))
             wait_for(child, ports[-1], body, "the fake engine")
-        targets["direct"] = (engines[True][-1], engines[False][-1])
+        targets["direct"] = (engines[True][-1], engines[False][-1], 0)
         for name, (python, module) in routers.items():
             chosen = []
             for ports in engines.values():
@@ -224,15 +238,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 child = stack.enter_context(process(command))
                 wait_for(child, port, body, name)
                 chosen.append(port)
-            targets[name] = (chosen[0], chosen[1])
+            targets[name] = (chosen[0], chosen[1], child.pid)
         results = {name: Samples() for name in targets}
         order = list(targets)
         for number in range(options.rounds):
             for name in order[number % len(order) :] + order[: number % len(order)]:
-                paced_port, free_running = targets[name]
+                paced_port, free_running, pid = targets[name]
                 one = load(paced_port, path, body, options.concurrency, options.requests)
+                kept, used = results[name], cpu_s(pid)
                 fast = load(free_running, path, body, options.concurrency, options.requests)
-                kept = results[name]
+                kept.cpu += cpu_s(pid) - used
+                kept.served += len(fast.ttft)
                 kept.failed += one.failed + fast.failed
                 kept.ttft += one.ttft
                 kept.itl += one.itl
@@ -261,6 +277,7 @@ def report(results: dict[str, Samples], options: argparse.Namespace) -> dict[str
             "added_ttft_ms": statistics.median(added_ttft),
             "added_itl_ms": statistics.median(added_itl),
             "rps": statistics.median(one.rps),
+            "cpu_ms_per_request": 1e3 * one.cpu / max(1, one.served),
             "failed": one.failed,
         }
     keys = ("mode", "concurrency", "requests", "tokens", "ttft_ms", "itl_ms", "rounds",
@@ -277,14 +294,14 @@ def table(result: dict[str, Any]) -> str:
     """Return the report as text."""
     lines = [
         f"{'':14} {'TTFT p50':>9} {'p99':>9} {'added':>8} {'ITL p50':>9} {'p99':>9} "
-        f"{'added':>8} {'requests/s':>11} {'failed':>7}"
+        f"{'added':>8} {'requests/s':>11} {'CPU ms/req':>11} {'failed':>7}"
     ]
     for name, row in result["targets"].items():
         ttft, itl = row["ttft_ms"], row["itl_ms"]
         lines.append(
             f"{name:14} {ttft['p50']:9.3f} {ttft['p99']:9.3f} {row['added_ttft_ms']:8.3f} "
             f"{itl['p50']:9.3f} {itl['p99']:9.3f} {row['added_itl_ms']:8.3f} "
-            f"{row['rps']:11.1f} {row['failed']:7d}"
+            f"{row['rps']:11.1f} {row['cpu_ms_per_request']:11.3f} {row['failed']:7d}"
         )
     return "\n".join(lines)
 
