@@ -82,6 +82,13 @@ HOOKS: tuple[Hook, ...] = (
         "meta_info shows the latest estimate, not one for every token",
     ),
     Hook(
+        Scope.SERVER,
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request",
+        "before",
+        "sglang_star.rooms:send_one_request",
+        "n > 1 in disaggregated serving: every sample needs a bootstrap room of its own",
+    ),
+    Hook(
         Scope.SCHEDULER_ENTRY,
         _S + "__init__",
         "around",
@@ -199,6 +206,20 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         "sglang_star.platform.paced:forward",
         "paced execution: pad a forward to the modelled step time",
+    ),
+    Hook(
+        Scope.CPU,
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
+        "around",
+        "sglang_star.platform.cpu:skip_batch_invariant_kernels",
+        "--enable-deterministic-inference, for its sampling seeds: the kernels are for GPUs only",
+    ),
+    Hook(
+        Scope.CPU,
+        "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32",
+        "around",
+        "sglang_star.platform.seeds:murmur_hash32",
+        "seeded sampling: the compiled hash is not in the wheel",
     ),
     Hook(
         Scope.CPU,

@@ -61,11 +61,33 @@ def enable(server_args: Any, star: StarConfig | None = None) -> Any:
 
 
 def _choose_cpu(server_args: Any) -> None:
-    """Name the device on the portable CPU platform, where SGLang's own guess fails."""
+    """Fill in what SGLang cannot guess on the portable CPU platform.
+
+    Its own guesses there are a device object where a name is wanted, and kernels that the wheel
+    lacks. Its attention over plain torch treats each request by itself, so it may serve
+    ``--enable-deterministic-inference``, which is what makes SGLang honour sampling seeds.
+    """
+    from sglang.srt.arg_groups import choices
     from sglang.srt.platforms import current_platform
 
-    if server_args.device is None and is_portable_cpu(current_platform):
+    if not is_portable_cpu(current_platform):
+        return
+    if server_args.device is None:
         server_args.device = "cpu"
+    if server_args.attention_backend is None:
+        server_args.attention_backend = "torch_native"
+    for known, add in (
+        (
+            choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
+            choices.add_deterministic_attention_backend_choices,
+        ),
+        (
+            choices.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND,
+            choices.add_radix_supported_deterministic_attention_backend_choices,
+        ),
+    ):
+        if "torch_native" not in known:
+            add(["torch_native"])
 
 
 def _refuse_unsupported(server_args: Any) -> None:

@@ -57,16 +57,17 @@ class Fleet:
             await asyncio.sleep(0.05)
         else:
             raise AssertionError(f"requests are left behind: {statuses}")
-        for url in self.all_engines.values():
-            for _ in range(100):
-                async with self.session.post(url + "/flush_cache") as answer:
-                    if answer.status == 200:
-                        break
-                await asyncio.sleep(0.05)
-            else:
-                raise AssertionError(f"{url} cannot flush its cache: it holds something")
+        await asyncio.gather(*(self._flush(url) for url in self.all_engines.values()))
         for name, status in (await self.statuses()).items():
             assert status["kv_used_tokens"] == 0, f"{name} leaks KV"
+
+    async def _flush(self, url: str) -> None:
+        for _ in range(100):
+            async with self.session.post(url + "/flush_cache") as answer:
+                if answer.status == 200:
+                    return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{url} cannot flush its cache: it holds something")
 
     async def order(self, rid: str, source: str, target: str) -> tuple[int, Any]:
         return await self.post(

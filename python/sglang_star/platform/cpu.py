@@ -8,6 +8,8 @@ and the demo need.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -31,3 +33,10 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         """There is no device to pin host memory for."""
         return False
+
+
+def skip_batch_invariant_kernels(original: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND ``ModelRunner.maybe_enable_batch_invariant_mode``: plain torch runs instead.
+
+    Seeds are honoured; that a result does not depend on the batch around it is not promised.
+    """
