@@ -102,6 +102,9 @@ def execute(run: Run, progress: Progress | None = None) -> tuple[dict[str, Any],
             hint="use a longer --duration or a higher --rate-scale",
         )
     dispatch, rescheduler, oracle = _policies(run, decode[0])
+    extra = dict(run.config)
+    if "hold_deadline_s" in run.star:
+        extra.setdefault("hold_deadline_s", run.star["hold_deadline_s"])
     pool = find(run.prefill_profile)
     config = FleetConfig(
         decode=decode,
@@ -111,7 +114,7 @@ def execute(run: Run, progress: Progress | None = None) -> tuple[dict[str, Any],
         warmup_s=run.warmup_s,
         curve=run.curve,
         error_scale=run.error_scale,
-        **run.config,
+        **extra,
     )
     started = time.perf_counter()
     fleet = Fleet(window, config, dispatch, rescheduler, seed=run.seed, oracle=oracle)

@@ -22,6 +22,7 @@ from sglang_star_bench.simulator.table import Table
 from sglang_star_bench.simulator.view import RecentLengths, StatusView
 from sglang_star_bench.traces import Trace
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
+from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.snapshot import MoveOrder
 
 Progress = Callable[[float], None]
@@ -42,6 +43,7 @@ class FleetConfig:
         decision_interval_s: between rescheduling rounds.
         copy_slowdown: factor on the step time of both ends of a copy.
         error_scale: times the error curve; 0 perfect, ``inf`` useless.
+        hold_deadline_s: held longer at the router, a request yields to fresher ones.
         timeline: keep every instance's KV share at every status, and every move, for a figure.
     """
 
@@ -62,7 +64,7 @@ class FleetConfig:
     clip_tokens: int = 4096
     curve: ErrorCurve = field(default_factory=ErrorCurve.read)
     error_scale: float = 1.0
-    hold_deadline_s: float = 1.5
+    hold_deadline_s: float = field(default_factory=lambda: StarParams().hold_deadline_s)
     timeline: bool = False
 
 
