@@ -75,8 +75,8 @@ def concordance(predicted: Array, actual: Array, censored: Array, seed: int = 0)
     comparable = (actual[:, None] < actual[None]) & ~censored[:, None]
     right = predicted[:, None] < predicted[None]
     tied = predicted[:, None] == predicted[None]
-    pairs = comparable.sum()
-    return float((comparable & right).sum() + 0.5 * (comparable & tied).sum()) / max(pairs, 1)
+    wins = float((comparable & right).sum() + 0.5 * (comparable & tied).sum())
+    return wins / max(int(comparable.sum()), 1)
 
 
 def _by_progress(error: Array, samples: Samples) -> list[float | None]:
