@@ -106,16 +106,16 @@ def test_md1_queue_matches_pollaczek_khinchine() -> None:
     profile = constant(replace(SMALL, max_running=1), step_ms=step_ms)
     service = (output - 1) * step_ms / 1e3
     rng = np.random.default_rng(5)
-    arrivals = np.cumsum(rng.exponential(service / load, 20_000))
-    trace = checked("md1", arrivals, np.full(20_000, 10), np.full(20_000, output))
+    arrivals = np.cumsum(rng.exponential(service / load, 10_000))
+    trace = checked("md1", arrivals, np.full(10_000, 10), np.full(10_000, output))
     waiting_ms = simulate(trace, profile, **RARELY).recorder.ttft.mean
     expected = 1e3 * load * service / (2 * (1 - load))
-    assert waiting_ms == pytest.approx(expected, rel=0.05)
+    assert waiting_ms == pytest.approx(expected, rel=0.08)
 
 
 def test_mg1_queue_matches_pollaczek_khinchine() -> None:
     """The same with lengths that vary: the wait follows their second moment."""
-    step_ms, load, count = 10.0, 0.6, 40_000
+    step_ms, load, count = 10.0, 0.6, 15_000
     profile = constant(replace(SMALL, max_running=1), step_ms=step_ms)
     rng = np.random.default_rng(6)
     output = rng.choice([21, 401], count, p=[0.8, 0.2])
@@ -126,7 +126,7 @@ def test_mg1_queue_matches_pollaczek_khinchine() -> None:
     used = rate * service.mean()
     expected = 1e3 * rate * (service**2).mean() / (2 * (1 - used))
     waiting_ms = simulate(trace, profile, **RARELY).recorder.ttft.mean
-    assert waiting_ms == pytest.approx(expected, rel=0.08)
+    assert waiting_ms == pytest.approx(expected, rel=0.1)
 
 
 def test_mm_infinity_occupancy_follows_littles_law() -> None:

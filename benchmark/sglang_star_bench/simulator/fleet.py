@@ -52,7 +52,7 @@ class FleetConfig:
     prefill_instances: int = 1
     duration_s: float = 600.0
     warmup_s: float = 0.0
-    drain_s: float = 600.0
+    drain_s: float = 3600.0
     max_new_tokens: int = 32_768
     ttft_slo_ms: float = 2000.0
     tpot_slo_ms: float = 50.0
