@@ -88,6 +88,9 @@ class KvPages:
         """Free row and KV; ``keep_prefix`` leaves the KV evictable in the prefix cache."""
         if not req.kv.holds_kv:
             return
+        if not req.kv.kv_allocated_len:
+            self._rows_of.free(req)
+            return
         if not keep_prefix:
             # Nothing of it is committed output; SGLang frees by committed length.
             req.kv.kv_committed_len = req.kv.kv_allocated_len
