@@ -57,6 +57,7 @@ STAR: Final = Group(
                 "serving": Command("a cluster under load", "sglang_star_bench.serving"),
                 "policy": Command("policies side by side", "sglang_star_bench.policy_bench"),
                 "migration": Command("the stall of a move", "sglang_star_bench.migration"),
+                "overhead": Command("STAR at rest against SGLang", "sglang_star_bench.overhead"),
                 "kv-copy": Command("copying KV pages", "sglang_star_bench.kv_copy"),
                 "predictor": Command("time per step of the head", "sglang_star_bench.predictor"),
                 "router": Command("time per request of the router", "sglang_star_bench.router"),

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Reproduces the entries "What STAR costs while it does nothing" and "The stall of a move" of
+# benchmark/LOG.md: three engines side by side, then two between which a request moves.
+#
+#   benchmark/runs/overhead.sh OUT [HEAD]
+#
+# OUT receives JSON and figures. HEAD is a predictor head for the default model [builtin].
+# MINUTES [20] is how long the overhead is measured. Needs 12 GB of memory; no other program should
+# run, but what the entries say of processor time holds on a busy machine too.
+set -eu
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+out=$1 head=${2:-builtin}
+mkdir -p "$out"
+export OMP_NUM_THREADS=1
+star() { "${PYTHON:-python}" -m sglang_star.cli "$@"; }
+
+star bench overhead --head "$head" --batch 1 16 --minutes "${MINUTES:-20}" \
+    --json "$out/overhead.json" --plot "$out/overhead.png"
+star bench migration --model tiny --batch 1 4 --overlap on off \
+    --json "$out/migration-tiny.json" --plot "$out/migration-tiny.png"
+star bench migration \
+    --json "$out/migration.json" --plot "$out/migration.png"

@@ -1,0 +1,114 @@
+"""What the engine benchmarks conclude from their samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_star.errors import ConfigError, PeerError
+from sglang_star_bench import migration, overhead
+from sglang_star_bench.engines import Stream
+from sglang_star_bench.migration_stalls import Outcome, Plan, client_stall, summarise
+from sglang_star_bench.overhead import HEAD, OFF, PLAIN, Sample
+
+PLAN = Plan(context=100, batch=1, moves=2, gap=4, overlap=True)
+
+
+def stream(gaps_s: list[float]) -> Stream:
+    times = [1000.0]
+    for gap in gaps_s:
+        times.append(times[-1] + gap)
+    made = Stream(token_ids=list(range(len(times))))
+    made.arrivals = [(at, number + 1) for number, at in enumerate(times)]
+    return made
+
+
+def report(**fields: Any) -> dict[str, Any]:
+    return {
+        "outcome": "moved",
+        "output_tokens": 11,
+        "started_at": 1000.85,
+        "finished_at": 1001.25,
+        "stall_ms": 50.0,
+        "stall_steps": 0.5,
+        "step_ms": 100.0,
+        "context_tokens": 110,
+        "precopied_tokens": 99,
+        "transport_bytes": 4000,
+        "detail": "",
+        **fields,
+    }
+
+
+def test_a_stall_is_the_gap_around_the_move_beyond_a_step() -> None:
+    moved = stream([0.1] * 9 + [0.35] + [0.1] * 5)
+    stall_ms, step_ms = client_stall(moved, report())
+    assert stall_ms == pytest.approx(250, abs=1)
+    assert step_ms == pytest.approx(100, abs=1)
+
+
+def test_a_migration_row_is_of_the_moves_that_succeeded() -> None:
+    moved = stream([0.1] * 9 + [0.35] + [0.1] * 5)
+    failed = report(outcome="refused", stall_ms=9e9)
+    row = summarise(PLAN, Outcome(twin=moved, moved=moved, reports=[report(), failed]))
+    assert (row["moves"], row["failed"], row["identical"]) == (1, 1, True)
+    assert row["stall_ms"]["max"] == 50.0
+    assert row["client_stall_steps"]["p50"] == pytest.approx(2.5, abs=0.05)
+    assert row["precopied"] == pytest.approx(0.9)
+    assert row["bytes_per_s"] == pytest.approx(10000, rel=0.01)
+
+
+def test_a_stream_that_differs_is_said_to_differ() -> None:
+    moved = stream([0.1] * 15)
+    twin = Stream(token_ids=[*moved.token_ids[:-1], 7])
+    row = summarise(PLAN, Outcome(twin=twin, moved=moved, reports=[report()]))
+    assert row["identical"] is False
+
+
+def test_a_migration_row_needs_a_move() -> None:
+    refused = report(outcome="refused", detail="draining")
+    with pytest.raises(PeerError, match="draining"):
+        summarise(PLAN, Outcome(twin=Stream(), moved=Stream(), reports=[refused]))
+
+
+def test_overhead_is_paired_by_round() -> None:
+    # The machine is five times slower in the second round; within each, the head costs a tenth.
+    rounds = [
+        {
+            PLAIN: Sample(speed, 100 / speed),
+            OFF: Sample(speed, 100 / speed),
+            HEAD: Sample(0.9 * speed, 110 / speed),
+        }
+        for speed in (100.0, 20.0, 60.0)
+    ]
+    plain, off, head = overhead.summarise(rounds, batch=16)
+    assert "throughput" not in plain
+    assert plain["tokens_per_s"] == 60.0
+    assert off["throughput"]["ci"] == [1.0, 1.0]
+    assert head["throughput"]["median"] == pytest.approx(0.9)
+    assert head["cpu"]["median"] == pytest.approx(1.1)
+    assert overhead.describe(head).count("x") == 2
+
+
+def test_variants_differ_in_star_alone() -> None:
+    specs = overhead.variants("m", "builtin", ("--page-size", "16"))
+    assert [(s.star, s.predictor) for s in specs.values()][1:] == [(True, "off"), (True, "builtin")]
+    assert not specs[PLAIN].star
+    assert {s.engine_arguments for s in specs.values()} == {("--page-size", "16")}
+    assert HEAD not in overhead.variants("m", "off", ())
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (migration.main, ["--moves", "0"]),
+        (migration.main, ["--context", "100", "0"]),
+        (overhead.main, ["--batch", "0"]),
+        (overhead.main, ["--minutes", "-1"]),
+        (overhead.main, ["--tokens", "1"]),
+    ],
+)
+def test_senseless_numbers_are_refused_before_anything_starts(main: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        main(words)
