@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_star.errors import ConfigError
+from sglang_star.platform.profile import PROFILES
 from sglang_star_bench import traces
 from sglang_star_bench.runs import POLICIES
 from sglang_star_bench.simulator.emulated import SHIPPED_CURVE, ErrorCurve
-from sglang_star_bench.simulator.profile import PROFILES
 from sglang_star_bench.traces import Trace
 
 

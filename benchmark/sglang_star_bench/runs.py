@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_star.errors import ConfigError
+from sglang_star.platform.profile import PROFILES, Profile, find
 from sglang_star_bench.simulator.emulated import ErrorCurve
 from sglang_star_bench.simulator.fleet import Fleet, FleetConfig, Progress
-from sglang_star_bench.simulator.profile import PROFILES, Profile, find
 from sglang_star_bench.simulator.saturation import (
     prefill_needed,
     saturation_rate,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_star.errors import ConfigError
+from sglang_star.platform.profile import find
 
 BUILTIN_HEAD = "builtin"
 PREDICTOR_OFF = "off"
@@ -89,6 +90,8 @@ class StarConfig:
                 f"--star-transport {self.transport!r} is not available",
                 hint="this release carries KV by 'shm' (instances on one machine)",
             )
+        if self.paced:
+            find(self.paced)
         if self.predictor not in (BUILTIN_HEAD, PREDICTOR_OFF) and not os.path.isfile(
             self.predictor
         ):

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_star.errors import ConfigError
+from sglang_star.platform.profile import PROFILES, Profile, find, roofline
 from sglang_star_bench import capacity
 from sglang_star_bench.runs import POLICIES, Run, execute
 from sglang_star_bench.simulator.emulated import EmulatedPredictor, ErrorCurve
 from sglang_star_bench.simulator.fleet import Fleet, FleetConfig
 from sglang_star_bench.simulator.histogram import LogHistogram
 from sglang_star_bench.simulator.instance import Instance
-from sglang_star_bench.simulator.profile import PROFILES, Profile, find, roofline
 from sglang_star_bench.simulator.request import Request
 from sglang_star_bench.traces import Trace, checked, synthetic
 from sglang_star_router.policy.registry import make_dispatch, make_rescheduler

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_star.errors import ConfigError
+from sglang_star.platform.profile import find
 from sglang_star_bench import traces
-from sglang_star_bench.simulator.profile import find
 from sglang_star_bench.simulator.saturation import saturation_rate, scale_for_load
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from sglang_star.errors import ConfigError
+from sglang_star.platform.profile import PROFILES, Profile
 from sglang_star_bench.simulator.emulated import EmulatedPredictor, ErrorCurve
 from sglang_star_bench.simulator.instance import NEVER, Instance
 from sglang_star_bench.simulator.migration import Mover
 from sglang_star_bench.simulator.prefill import PrefillPool, exposed_transfer_s
-from sglang_star_bench.simulator.profile import PROFILES, Profile
 from sglang_star_bench.simulator.recorder import Recorder
 from sglang_star_bench.simulator.request import Request, State
 from sglang_star_bench.simulator.router import SimRouter

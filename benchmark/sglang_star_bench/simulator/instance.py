@@ -23,8 +23,8 @@ import heapq
 import math
 from collections import deque
 
+from sglang_star.platform.profile import Profile
 from sglang_star_bench.simulator.fleet_hooks import FleetHooks
-from sglang_star_bench.simulator.profile import Profile
 from sglang_star_bench.simulator.request import Request, State
 
 NEVER = math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from sglang_star_bench.simulator.profile import Profile
+from sglang_star.platform.profile import Profile
 
 CHUNK_TOKENS = 8192
 """SGLang sends KV chunk by chunk while prefilling, so only the last chunk's transfer shows."""

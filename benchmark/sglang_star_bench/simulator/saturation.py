@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sglang_star_bench.simulator.profile import Profile
+from sglang_star.platform.profile import Profile
 from sglang_star_bench.traces import Trace
 
 USABLE = 0.9

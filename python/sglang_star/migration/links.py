@@ -125,6 +125,8 @@ class Links:
                 return socket, port
             return socket, socket.bind_to_random_port(f"tcp://{host}")
         except zmq.ZMQError as error:
+            # A context with an open socket would block the interpreter's exit.
+            self._context.destroy(linger=0)
             raise ConfigError(
                 f"STAR cannot bind tcp://{host}:{port or '*'}: {error}",
                 hint=f"choose another {flag} or --star-host; 0 picks a free port",

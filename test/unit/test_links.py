@@ -1,0 +1,148 @@
+"""Real sockets on loopback: heartbeats, restarts, silence, garbage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import zmq
+
+from sglang_star.errors import ConfigError
+from sglang_star.migration.links import Links, Order, PeerLost
+from sglang_star.protocol import Heartbeat, InstanceStatus, OrderReply, StatusOrder, decode, encode
+from unit.test_protocol import MESSAGES
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Links]]:
+    opened: list[Links] = []
+
+    def build(name: str, incarnation: int = 1, **options: Any) -> Links:
+        links = Links(
+            name,
+            incarnation,
+            host="127.0.0.1",
+            advertise_host="127.0.0.1",
+            **{
+                "migration_port": 0,
+                "status_port": 0,
+                "heartbeat_s": 0.05,
+                "timeout_s": 0.4,
+                **options,
+            },
+        )
+        opened.append(links)
+        return links
+
+    yield build
+    for links in opened:
+        links.close()
+
+
+def wait_for(links: Links, kind: type[Any], seconds: float = 10.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        item = links.take()
+        if isinstance(item, kind):
+            return item
+        if item is None:
+            time.sleep(0.005)
+    raise AssertionError(f"no {kind.__name__} came")
+
+
+def test_messages_arrive_in_order(make: Callable[..., Links]) -> None:
+    a, b = make("a"), make("b")
+    for message in MESSAGES[:4]:
+        a.send(b.peer, message)
+    assert [wait_for(b, type(m)) for m in MESSAGES[:4]] == MESSAGES[:4]
+
+
+def test_heartbeats_keep_a_peer_alive_and_silence_loses_it_once(make: Callable[..., Links]) -> None:
+    a, b = make("a"), make("b")
+    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
+    b.watch({a.peer.address: (a.peer, frozenset({"s"}))})
+    beat = wait_for(b, Heartbeat)
+    assert beat.sender == a.peer
+    assert beat.live == ("s",)
+    time.sleep(0.8)
+    items = []
+    while (item := a.take()) is not None:
+        items.append(item)
+    assert not any(isinstance(item, PeerLost) for item in items)
+    b.close()
+    lost = wait_for(a, PeerLost)
+    assert lost.peer == b.peer
+    time.sleep(0.6)
+    assert not isinstance(a.take(), PeerLost)
+
+
+def test_a_restarted_peer_is_noticed_before_the_time_out(make: Callable[..., Links]) -> None:
+    a = make("a", timeout_s=60.0)
+    b = make("b")
+    port = int(b.peer.address.rsplit(":", 1)[1])
+    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
+    wait_for(b, Heartbeat)
+    b.close()
+    make("b", incarnation=2, migration_port=port)
+    lost = wait_for(a, PeerLost, 20.0)
+    assert lost.peer == b.peer
+    assert "restarted" in lost.why
+
+
+def test_garbage_is_counted_and_dropped(make: Callable[..., Links]) -> None:
+    a, b = make("a"), make("b")
+    context = zmq.Context()
+    push = context.socket(zmq.PUSH)
+    push.connect(b.peer.address)
+    for data in (b"", b"noise", b"\xc1" * 99, b"\x92\x7f\x90"):
+        push.send(data)
+    push.close(linger=1000)
+    context.term()
+    a.send(b.peer, MESSAGES[0])
+    assert wait_for(b, type(MESSAGES[0])) == MESSAGES[0]
+    deadline = time.monotonic() + 5
+    while sum(b.dropped.values()) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert b.dropped == {"MalformedMessage": 3, "VersionMismatch": 1}
+
+
+def test_orders_are_answered_and_the_wake_up_clears(make: Callable[..., Links]) -> None:
+    links = make("a")
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.connect(links.order_address)
+    dealer.send(encode(StatusOrder(order_id=4)))
+    order = wait_for(links, Order)
+    links.reply(order, OrderReply(order_id=4, payload=b"{}"))
+    assert dealer.poll(5000)
+    assert decode(dealer.recv()) == OrderReply(order_id=4, payload=b"{}")
+    links.wake.clear()
+    links.wake.clear()
+    dealer.close(linger=0)
+    context.term()
+
+
+def test_statuses_are_published(make: Callable[..., Links]) -> None:
+    links = make("a")
+    status = next(m for m in MESSAGES if isinstance(m, InstanceStatus))
+    context = zmq.Context()
+    subscriber = context.socket(zmq.SUB)
+    subscriber.subscribe(b"")
+    subscriber.connect(links.status_address)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        links.publish(status)
+        if subscriber.poll(50):
+            break
+    assert decode(subscriber.recv()) == status
+    subscriber.close(linger=0)
+    context.term()
+
+
+def test_a_taken_port_names_the_flag(make: Callable[..., Links]) -> None:
+    port = int(make("a").peer.address.rsplit(":", 1)[1])
+    with pytest.raises(ConfigError, match="cannot bind") as caught:
+        make("b", migration_port=port)
+    assert "--star-migration-port" in caught.value.hint
