@@ -128,7 +128,7 @@ def from_arguments(args: argparse.Namespace) -> StarConfig | None:
     Raises:
         ConfigError: a value is wrong, or a ``--star-*`` flag was given without ``--star``.
     """
-    values = {
+    values: dict[str, Any] = {
         field.name: getattr(args, "star_" + field.name, field.default)
         for field in dataclasses.fields(StarConfig)
     }

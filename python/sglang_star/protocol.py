@@ -92,7 +92,7 @@ class MoveReport(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     finished_at: float = 0.0
 
 
-class InstanceStatus(Message):
+class InstanceStatus(Message, frozen=True):
     """What one instance tells the router, several times a second.
 
     Attributes:
@@ -164,19 +164,19 @@ class Peer(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     address: str
 
 
-class DescribeOrder(Message):
+class DescribeOrder(Message, frozen=True):
     """Ask the scheduler for its :class:`Advertisement`."""
 
     order_id: int
 
 
-class StatusOrder(Message):
+class StatusOrder(Message, frozen=True):
     """Ask the scheduler for a fresh :class:`InstanceStatus`."""
 
     order_id: int
 
 
-class MigrateOrder(Message):
+class MigrateOrder(Message, frozen=True):
     """Move one running request to ``target``; answered when accepted or refused."""
 
     order_id: int
@@ -185,20 +185,20 @@ class MigrateOrder(Message):
     reason: str = ""
 
 
-class DrainOrder(Message):
+class DrainOrder(Message, frozen=True):
     """Refuse guests and move every movable request to ``targets``, round-robin."""
 
     order_id: int
     targets: tuple[Peer, ...] = ()
 
 
-class UndrainOrder(Message):
+class UndrainOrder(Message, frozen=True):
     """Accept work again."""
 
     order_id: int
 
 
-class OrderReply(Message):
+class OrderReply(Message, frozen=True):
     """Answer to any order; ``error_type`` empty means done, ``payload`` is JSON."""
 
     order_id: int
@@ -211,7 +211,7 @@ class OrderReply(Message):
 # --------------------------------------------------------------------------- home <-> target
 
 
-class MigrationMessage(Message):
+class MigrationMessage(Message, frozen=True):
     """Base of all instance-to-instance messages.
 
     Attributes:
@@ -228,7 +228,7 @@ class MigrationMessage(Message):
     receiver_incarnation: int
 
 
-class Reserve(MigrationMessage):
+class Reserve(MigrationMessage, frozen=True):
     """Source asks for a request slot on the target.
 
     Attributes:
@@ -258,18 +258,18 @@ class Reserve(MigrationMessage):
     transport_setup: bytes
 
 
-class Reserved(MigrationMessage):
+class Reserved(MigrationMessage, frozen=True):
     """Target holds a slot for the request and has opened the carrier."""
 
 
-class Refused(MigrationMessage):
+class Refused(MigrationMessage, frozen=True):
     """Target cannot take the request, or can no longer; it holds nothing of it."""
 
     error_type: str
     message: str
 
 
-class PagesReady(MigrationMessage):
+class PagesReady(MigrationMessage, frozen=True):
     """KV of token positions ``[start, end)`` lies in the carrier's slot ``slot``."""
 
     start: int
@@ -277,7 +277,7 @@ class PagesReady(MigrationMessage):
     slot: int
 
 
-class PagesTaken(MigrationMessage):
+class PagesTaken(MigrationMessage, frozen=True):
     """Target has copied them; the source may reuse ``slot``."""
 
     end: int
@@ -296,7 +296,7 @@ class MoveFacts(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     started_at: float
 
 
-class Commit(MigrationMessage):
+class Commit(MigrationMessage, frozen=True):
     """The request is parked at the source and everything the target still lacks is here.
 
     Attributes:
@@ -313,14 +313,14 @@ class Commit(MigrationMessage):
     facts: MoveFacts
 
 
-class Inserted(MigrationMessage):
+class Inserted(MigrationMessage, frozen=True):
     """The request decodes at ``host`` from now on; sent to the source and to the home."""
 
     host: Peer
     facts: MoveFacts
 
 
-class TokenChunk(MigrationMessage):
+class TokenChunk(MigrationMessage, frozen=True):
     """Tokens a host decoded for a guest, sent to its home.
 
     Attributes:
@@ -339,13 +339,13 @@ class TokenChunk(MigrationMessage):
     finished: bytes = b""
 
 
-class Release(MigrationMessage):
+class Release(MigrationMessage, frozen=True):
     """The receiver shall drop what it holds of this stream: abort, cancel, reclaim, ghost."""
 
     reason: str
 
 
-class Heartbeat(MigrationMessage):
+class Heartbeat(MigrationMessage, frozen=True):
     """``migration_id`` and ``stream_id`` are empty.
 
     Attributes:

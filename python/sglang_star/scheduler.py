@@ -46,7 +46,7 @@ def get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 def get_output_streamer_class(base: Any, scheduler: Any) -> Any:
     """AFTER ``Scheduler.get_output_streamer_class``: a subclass that diverts and annotates."""
 
-    class StarOutputStreamer(base):  # type: ignore[misc]
+    class StarOutputStreamer(base):
         """SGLang's streamer, which sees only requests whose clients are ours."""
 
         __slots__ = ()

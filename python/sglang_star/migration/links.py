@@ -187,7 +187,7 @@ class Links:
         next_beat = time.monotonic()
         while not self._closing:
             wait = max(0.0, next_beat - time.monotonic()) if self._watched else 1.0
-            poller.poll(min(wait, 1.0) * 1000)
+            poller.poll(int(min(wait, 1.0) * 1000))
             self._flush()
             self._receive()
             self._receive_orders()

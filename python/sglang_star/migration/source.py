@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang_star.config import StarConfig
 from sglang_star.errors import NotMovable, OrderRefused, PeerError
@@ -26,6 +26,7 @@ from sglang_star.predictor.state import export_state
 from sglang_star.protocol import (
     Commit,
     Inserted,
+    MigrationMessage,
     MoveFacts,
     MoveReport,
     PagesReady,
@@ -392,7 +393,7 @@ class Source:
             started_at=move.started_at,
         )
 
-    def _address(self, move: Move) -> dict[str, object]:
+    def _address(self, move: Move) -> dict[str, Any]:
         return {
             "migration_id": move.migration_id,
             "stream_id": move.stream_id,
@@ -400,5 +401,5 @@ class Source:
             "receiver_incarnation": move.target.incarnation,
         }
 
-    def _send(self, message: object, move: Move) -> None:
-        self._links.send(move.target, message)  # type: ignore[arg-type]
+    def _send(self, message: MigrationMessage, move: Move) -> None:
+        self._links.send(move.target, message)

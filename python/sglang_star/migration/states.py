@@ -148,8 +148,8 @@ class Machine(Generic[State, Event]):
     __slots__ = ("_table", "state")
 
     def __init__(self, state: State, table: dict[tuple[State, Event], State]) -> None:
-        self.state = state
-        self._table = table
+        self.state: State = state
+        self._table: dict[tuple[State, Event], State] = table
 
     def fire(self, event: Event) -> State:
         """Take one transition and return the new state.

@@ -240,7 +240,7 @@ class Guests:
             self._refuse(guest.reserve, error)
             return
         host = self._links.peer
-        inserted = {"host": host, "facts": message.facts}
+        inserted: dict[str, Any] = {"host": host, "facts": message.facts}
         self._answer(guest, Inserted(**self._address(message), **inserted))
         if guest.comes_home:
             shadow = self._relay.shadows[message.stream_id]
