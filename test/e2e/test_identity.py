@@ -120,10 +120,8 @@ async def answer(fleet: Fleet, path: str, body: dict[str, Any]) -> Any:
 
 
 VOLATILE = {
-    "id", "created", "rid", "e2e_latency", "star_remaining", "cached_tokens", "response_sent_ts",
-    "request_received_ts", "decode_throughput", "queue_time", "inference_time",
-    "prompt_tokens_details", "cached_tokens_details", "num_retractions", "decode_finished_ts",
-    "prefill_finished_ts", "request_finished_ts", "scheduler_recv_ts", "forward_entry_ts", "total_retractions",
+    "id", "created", "rid", "star_remaining", "cached_tokens", "decode_throughput",
+    "prompt_tokens_details", "cached_tokens_details", "num_retractions", "total_retractions",
 }  # fmt: skip
 
 

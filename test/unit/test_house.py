@@ -147,7 +147,12 @@ def test_the_simulator_runs_the_routers_policies_and_no_engine() -> None:
     for name, imported in of("sglang_star_bench.simulator"):
         assert imported.partition(".")[0] not in HEAVY, f"{name} imports {imported}"
         if ours(imported):
-            allowed = ("sglang_star_bench", "sglang_star_router.policy", "sglang_star.errors")
+            allowed = (
+                "sglang_star_bench",
+                "sglang_star_router.policy",
+                "sglang_star.errors",
+                "sglang_star.platform.profile",
+            )
             assert within(imported, *allowed), f"{name} imports {imported}"
 
 
