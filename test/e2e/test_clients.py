@@ -38,7 +38,8 @@ TOOL = {
     },
 }
 
-BENCHMARK_PROMPTS = 16
+BENCHMARK_PROMPTS = 10
+BENCHMARK_TOKENS = 64
 MOVES = 6
 
 
@@ -168,8 +169,16 @@ def test_sglang_benchmark(cluster: Cluster, tmp_path: Path) -> None:
         *("--backend", backend, "--base-url", cluster.url),
         *("--model", cluster.spec.model, "--tokenizer", cluster.spec.model),
         *("--dataset-name", "random-ids", "--num-prompts", str(BENCHMARK_PROMPTS)),
-        *("--random-input-len", "40", "--random-output-len", "120", "--random-range-ratio", "1"),
-        *("--max-concurrency", "8", "--disable-tqdm", "--output-file", str(result)),
+        *("--random-input-len", "40", "--random-output-len", str(BENCHMARK_TOKENS)),
+        *(
+            "--random-range-ratio",
+            "1",
+            "--max-concurrency",
+            "5",
+            "--disable-tqdm",
+            "--output-file",
+            str(result),
+        ),
     )
 
     async def scenario() -> None:
@@ -191,4 +200,4 @@ def test_sglang_benchmark(cluster: Cluster, tmp_path: Path) -> None:
     asyncio.run(scenario())
     measured = json.loads(result.read_text().splitlines()[-1])
     assert measured["completed"] == BENCHMARK_PROMPTS
-    assert measured["total_output_tokens"] == BENCHMARK_PROMPTS * 120
+    assert measured["total_output_tokens"] == BENCHMARK_PROMPTS * BENCHMARK_TOKENS
