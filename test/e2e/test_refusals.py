@@ -114,18 +114,6 @@ def test_drain_moves_everything_away(cluster: Cluster) -> None:
     asyncio.run(scenario())
 
 
-def test_a_pinned_request_stays(cluster: Cluster) -> None:
-    async def scenario() -> None:
-        async with (
-            Fleet.connect(cluster) as fleet,
-            running(fleet, return_hidden_states=False, stream=False) as (rid, name),
-        ):
-            status = (await fleet.statuses())[name]
-            assert next(r for r in status["requests"] if r["rid"] == rid)["pinned"] == ""
-
-    asyncio.run(scenario())
-
-
 def test_garbage_on_the_sockets_is_dropped(cluster: Cluster) -> None:
     async def scenario() -> None:
         async with Fleet.connect(cluster) as fleet, running(fleet) as (rid, name):
