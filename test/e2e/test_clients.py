@@ -170,15 +170,8 @@ def test_sglang_benchmark(cluster: Cluster, tmp_path: Path) -> None:
         *("--model", cluster.spec.model, "--tokenizer", cluster.spec.model),
         *("--dataset-name", "random-ids", "--num-prompts", str(BENCHMARK_PROMPTS)),
         *("--random-input-len", "40", "--random-output-len", str(BENCHMARK_TOKENS)),
-        *(
-            "--random-range-ratio",
-            "1",
-            "--max-concurrency",
-            "5",
-            "--disable-tqdm",
-            "--output-file",
-            str(result),
-        ),
+        *("--random-range-ratio", "1", "--max-concurrency", "5", "--disable-tqdm"),
+        *("--output-file", str(result)),
     )
 
     async def scenario() -> None:
