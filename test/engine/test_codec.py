@@ -18,6 +18,18 @@ io_struct = pytest.importorskip("sglang.srt.managers.io_struct")
 sampling = pytest.importorskip("sglang.srt.sampling.sampling_params")
 
 
+UNUSED = (
+    "multimodal_inputs",
+    "session",
+    "session_id",
+    "beam_group",
+    "input_embeds",
+    "positional_embed_overrides",
+    "custom_logit_processor",
+    "lora_id",
+)
+
+
 def message(**fields: Any) -> Any:
     return io_struct.TokenizedGenerateReqInput(
         rid="client",
@@ -40,7 +52,7 @@ def message(**fields: Any) -> Any:
 
 def request(**changes: Any) -> Any:
     origin = message()
-    plain: dict[str, Any] = dict.fromkeys(("multimodal_inputs", "session", "session_id", "beam_group", "input_embeds", "positional_embed_overrides", "custom_logit_processor", "lora_id"))  # fmt: skip
+    plain: dict[str, Any] = dict.fromkeys(UNUSED)
     return SimpleNamespace(
         **{
             **plain,
