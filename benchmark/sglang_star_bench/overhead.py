@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import random
 import statistics
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--batch, --minutes must be positive and --tokens at least 2")
     model = args.model or str(default_model())
     specs = variants(model, args.head, tuple(args.engine_args.split()))
+    rounds: dict[int, list[dict[str, Sample]]] = {batch: [] for batch in args.batch}
     with (
         tempfile.TemporaryDirectory() as logs,
         running(list(specs.values()), Path(logs)) as engines,
@@ -74,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         members = dict(zip(specs, engines, strict=True))
         urls = {name: engine.url for name, engine in members.items()}
         families = {name: family(engine) for name, engine in members.items()}
-        rounds = asyncio.run(measure(urls, families, args))
-    rows = [row for batch in args.batch for row in summarise(rounds[batch], batch)]
+        # Ctrl-C ends the measurement, not the report of what was measured.
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(measure(urls, families, args, rounds))
+    rows = [row for batch in args.batch if rounds[batch] for row in summarise(rounds[batch], batch)]
     for row in rows:
         print(describe(row))
     if args.json:
@@ -99,17 +104,19 @@ def variants(model: str, head: str, engine_arguments: tuple[str, ...]) -> dict[s
 
 
 async def measure(
-    urls: dict[str, str], families: dict[str, list[psutil.Process]], args: argparse.Namespace
-) -> dict[int, list[dict[str, Sample]]]:
-    """Rounds of samples by batch size, until the time is up; at least one round."""
-    rounds: dict[int, list[dict[str, Sample]]] = {batch: [] for batch in args.batch}
+    urls: dict[str, str],
+    families: dict[str, list[psutil.Process]],
+    args: argparse.Namespace,
+    rounds: dict[int, list[dict[str, Sample]]],
+) -> None:
+    """Add rounds of samples by batch size until the time is up; at least one round."""
     order = list(urls)
     deadline = time.monotonic() + 60 * args.minutes
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         for batch in args.batch:
             for url in urls.values():
                 await warm_up(session, url, batch)
-        for number in range(10**6):
+        for number in itertools.count():
             for batch in args.batch:
                 samples = {}
                 for name in order:
@@ -122,8 +129,7 @@ async def measure(
             # Every variant comes first, and after every other one, equally often.
             order = [*order[1:], order[0]] if number % 2 else order[::-1]
             if time.monotonic() > deadline:
-                break
-    return rounds
+                return
 
 
 async def sample(
