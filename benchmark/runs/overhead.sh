@@ -1,12 +1,12 @@
 #!/bin/sh
-# Reproduces the entries "What STAR costs while it does nothing" and "The stall of a move" of
-# benchmark/LOG.md: three engines side by side, then two between which a request moves.
+# Measures what STAR costs while it does nothing, with three engines side by side, and then the
+# stall of a move, with two engines between which a request goes back and forth.
 #
 #   benchmark/runs/overhead.sh OUT [HEAD]
 #
 # OUT receives JSON and figures. HEAD is a predictor head for the default model [builtin].
-# MINUTES [20] is how long the overhead is measured. Needs 12 GB of memory; no other program should
-# run, but what the entries say of processor time holds on a busy machine too.
+# MINUTES [20] is how long the overhead is measured. Needs 12 GB of memory. Run nothing else beside
+# it: of its figures only the ratios of processor time bear company.
 set -eu
 [ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$1 head=${2:-builtin}
