@@ -31,6 +31,7 @@ from sglang_star_bench.migration_stalls import Outcome, Plan, describe, plot, su
 TINY: Final = "tiny"
 COMPANION_TOKENS: Final = 32
 REPORT_TIMEOUT_S: Final = 60.0
+MIN_GAP: Final = 4
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,8 +54,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 0 only if every moved stream equals its twin."""
     args = parser().parse_args(argv)
-    if min(*args.context, *args.batch, args.moves, args.gap) < 1:
-        raise ConfigError("--context, --batch, --moves and --gap must be positive")
+    if min(*args.context, *args.batch, args.moves) < 1:
+        raise ConfigError("--context, --batch and --moves must be positive")
+    if args.gap < MIN_GAP:
+        raise ConfigError(
+            f"--gap must be at least {MIN_GAP}",
+            hint="the client's step time is the median of the gaps between two moves",
+        )
     rows = []
     for overlap in args.overlap:
         plans = [

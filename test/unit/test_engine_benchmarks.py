@@ -104,6 +104,7 @@ def test_variants_differ_in_star_alone() -> None:
     [
         (migration.main, ["--moves", "0"]),
         (migration.main, ["--context", "100", "0"]),
+        (migration.main, ["--gap", "1"]),
         (overhead.main, ["--batch", "0"]),
         (overhead.main, ["--minutes", "-1"]),
         (overhead.main, ["--tokens", "1"]),
