@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import select
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import zmq
-from msgspec import structs
-from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_star import SGLANG_VERSION, __version__
+from sglang_star import __version__
 from sglang_star.config import StarConfig
-from sglang_star.errors import OrderRefused, StarError, UnknownRequest
+from sglang_star.errors import StarError
+from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.links import Links, Order, PeerLost
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import Relay
 from sglang_star.migration.report import CLOCK, MoveLog
-from sglang_star.migration.source import Move, Source
+from sglang_star.migration.source import Source
 from sglang_star.migration.states import Home
 from sglang_star.migration.target import Guests
+from sglang_star.orders import Orders
 from sglang_star.protocol import (
     PROTOCOL_VERSION,
     Advertisement,
     Commit,
-    DrainOrder,
     Heartbeat,
     Inserted,
-    MigrateOrder,
-    OrderReply,
     PagesReady,
     PagesTaken,
     Peer,
@@ -42,9 +36,7 @@ from sglang_star.protocol import (
     Release,
     Reserve,
     Reserved,
-    StatusOrder,
     TokenChunk,
-    UndrainOrder,
 )
 from sglang_star.status import ROLES, StatusReporter, StepTimer
 
@@ -53,8 +45,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-DRAIN_RETRY_S = 0.2
 
 
 class Instance:
@@ -70,7 +60,7 @@ class Instance:
         self._config = config
         role = ROLES[scheduler.disaggregation_mode]
         pages = KvPages(scheduler)
-        fingerprint = _fingerprint(scheduler, pages)
+        fingerprint = fingerprint_of(scheduler, pages)
         self._links = Links(
             config.instance_id or f"{role}@{args.host}:{args.port}",
             time.time_ns(),
@@ -109,8 +99,9 @@ class Instance:
         )
         self._next_status = 0.0
         self._watched: frozenset[tuple[str, str]] = frozenset()
-        self._drain_targets: list[Peer] = []
-        self._drain_next = 0.0
+        self._orders = Orders(
+            scheduler, self._source, self._guests, self._relay, self._status, self._timer, config
+        )
         self.advertisement = Advertisement(
             protocol_version=PROTOCOL_VERSION,
             star_version=__version__,
@@ -120,7 +111,7 @@ class Instance:
             status_address=self._links.status_address,
             migration_address="" if role == "prefill" else self._links.peer.address,
             fingerprint=fingerprint,
-            host_token=_host_token(),
+            host_token=host_token(),
             predictor=config.predictor,
         )
         self.order_address = self._links.order_address
@@ -144,8 +135,7 @@ class Instance:
             self._source.step()
         if self._guests.by_stream:
             self._guests.step()
-        if self._drain_targets:
-            self._drain()
+        self._orders.step()
         self._relay.flush()
         self._watch()
         if time.monotonic() >= self._next_status:
@@ -183,7 +173,7 @@ class Instance:
                     self._guests.on_lost(item.peer, item.why)
                     self._relay.on_lost(item.peer, item.why)
                 case Order():
-                    self._obey(item)
+                    self._links.reply(item, self._orders.obey(item.message))
         except StarError as error:
             logger.warning("STAR ignores %s: %s", type(item).__name__, error)
 
@@ -211,97 +201,6 @@ class Instance:
             known = peers.get(peer.address, (peer, frozenset()))[1]
             peers[peer.address] = (peer, known | {stream})
         self._links.watch(peers)
-
-    # ------------------------------------------------------------------ orders
-
-    def _obey(self, order: Order) -> None:
-        message: Any = order.message
-        try:
-            payload = self._carry_out(message)
-        except StarError as error:
-            answer = OrderReply(
-                order_id=message.order_id,
-                error_type=type(error).__name__,
-                message=error.message,
-                hint=error.hint,
-            )
-        else:
-            answer = OrderReply(order_id=message.order_id, payload=payload)
-        self._links.reply(order, answer)
-
-    def _carry_out(self, message: object) -> bytes:
-        match message:
-            case StatusOrder():
-                return orjson.dumps(structs.asdict(self._status.snapshot()), default=structs.asdict)
-            case MigrateOrder():
-                move = self.migrate(message.rid, message.target, message.reason)
-                return orjson.dumps(
-                    {"migration_id": move.migration_id, "stream_id": move.stream_id}
-                )
-            case DrainOrder():
-                self._guests.draining = True
-                self._drain_targets = list(message.targets)
-                return orjson.dumps({"draining": True, "requests": len(self._movable())})
-            case UndrainOrder():
-                self._guests.draining = False
-                self._drain_targets = []
-                return orjson.dumps({"draining": False})
-        raise OrderRefused(f"unknown order {type(message).__name__}")
-
-    def migrate(self, rid: str, target: Peer, reason: str) -> Move:
-        """Start moving the request that its client knows as ``rid``.
-
-        Raises:
-            UnknownRequest: nothing of that name decodes here.
-            OrderRefused: it cannot move now.
-        """
-        if self._scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
-            raise OrderRefused("a prefill instance has no decoding requests to move")
-        for guest in self._guests.by_stream.values():
-            if guest.reserve.client_rid == rid and guest.req is not None and not guest.arriving:
-                return self._source.start(
-                    guest.req,
-                    rid,
-                    target,
-                    reason,
-                    step_ms=self._timer.ema_ms,
-                    guest_of=(guest.reserve.stream_id, guest.reserve.home),
-                )
-        for req in self._scheduler.running_batch.reqs:
-            if req.rid == rid and not req.finished():
-                return self._source.start(req, rid, target, reason, step_ms=self._timer.ema_ms)
-        for shadow in self._relay.shadows.values():
-            if shadow.req.rid == rid:
-                raise OrderRefused(
-                    f"{rid} decodes on {shadow.host.instance_id} now",
-                    hint="send the order to that instance",
-                )
-        raise UnknownRequest(
-            f"no request {rid!r} is decoding here", hint="see GET /star/status for those that are"
-        )
-
-    def _movable(self) -> list[tuple[Req, str]]:
-        names = {g.rid: g.reserve.client_rid for g in self._guests.by_stream.values()}
-        return [
-            (req, names.get(req.rid, req.rid))
-            for req in self._scheduler.running_batch.reqs
-            if not req.finished()
-        ]
-
-    def _drain(self) -> None:
-        """Start as many moves as are allowed, round-robin over the targets."""
-        if time.monotonic() < self._drain_next:
-            return
-        self._drain_next = time.monotonic() + DRAIN_RETRY_S
-        for _, rid in self._movable():
-            if len(self._source.moves) >= self._config.max_moves:
-                return
-            target = self._drain_targets.pop(0)
-            self._drain_targets.append(target)
-            try:
-                self.migrate(rid, target, "drain")
-            except StarError as error:
-                logger.debug("STAR cannot drain %s yet: %s", rid, error)
 
     # ------------------------------------------------------------------ what the hooks ask
 
@@ -372,37 +271,3 @@ class Instance:
             self._timer.decoded()
         else:
             self._timer.interrupted()
-
-
-def _fingerprint(scheduler: Scheduler, pages: KvPages) -> str:
-    """Equal between instances that may exchange requests."""
-    args, config = scheduler.server_args, scheduler.model_config
-    parts = [
-        __version__,
-        SGLANG_VERSION,
-        ROLES[scheduler.disaggregation_mode],
-        orjson.dumps(
-            config.hf_config.to_dict(),
-            option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS,
-            default=str,
-        ).decode(),
-        str(config.dtype),
-        str(args.quantization),
-        str(args.load_format),
-        str(args.random_seed) if args.load_format == "dummy" else "",
-        str(config.context_len),
-        str(scheduler.enable_overlap),
-        *pages.layout,
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _host_token() -> str:
-    """Equal between processes that can share memory."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read().strip()
-        memory = os.stat("/dev/shm")
-    except OSError:
-        return ""
-    return f"{boot}/{memory.st_dev}"

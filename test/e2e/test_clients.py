@@ -30,9 +30,12 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "report_weather",
+        # Strict, so that the grammar ends the call before max_tokens cuts it: SGLang's streaming
+        # tool parser drops or keeps the tail of a cut call depending on how chunks fall.
+        "strict": True,
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 120}},
+            "properties": {"city": {"type": "string", "maxLength": 80}},
             "required": ["city"],
         },
     },

@@ -36,6 +36,7 @@ SGLANG_BORDER = {
     "sglang_star.migration.relay",
     "sglang_star.migration.source",
     "sglang_star.migration.target",
+    "sglang_star.orders",
     "sglang_star.platform",
     "sglang_star.plugin",
     "sglang_star.predictor.collect",
