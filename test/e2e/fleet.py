@@ -22,6 +22,7 @@ class Fleet:
         self.engines = {e.name: e.url for e in cluster.engines if e.role != "prefill"}
         self.all_engines = {e.name: e.url for e in cluster.engines}
         self.moved: list[dict[str, Any]] = []
+        self._reports: dict[str, dict[str, Any]] = {}
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -81,6 +82,7 @@ class Fleet:
         done: dict[str, int] = {}
         while True:
             for name, status in (await self.statuses()).items():
+                self._note(status)
                 for request in status["requests"]:
                     rid = request["rid"]
                     ready = request["state"] == "running" and not request["queued"]
@@ -100,12 +102,18 @@ class Fleet:
             mover.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await mover
+        for status in (await self.statuses()).values():
+            self._note(status)
         self.moved = [
             report
-            for status in (await self.statuses()).values()
-            for report in _moves(status)
-            if report["migration_id"] not in before and report["outcome"] == "moved"
+            for name, report in self._reports.items()
+            if name not in before and report["outcome"] == "moved"
         ]
+
+    def _note(self, status: dict[str, Any]) -> None:
+        """Keep the reports of a status: it shows each for ten seconds only."""
+        for report in _moves(status):
+            self._reports[report["migration_id"]] = report
 
 
 def _moves(status: dict[str, Any]) -> list[dict[str, Any]]:
