@@ -148,6 +148,7 @@ def test_limits_on_concurrency_and_rate():
         async with fleet(a, b, policies=policies, max_moves=2) as running:
             policy.script = always(*(order(f"r{i}", a, b) for i in range(5)))
             await eventually(lambda: running.router.rescheduler.skipped["concurrency"] >= 6)
+            await eventually(lambda: len(a.orders) >= 2)
             assert [body["rid"] for _, body in a.orders] == ["r0", "r1"]
         a, b = FakeEngine(), FakeEngine()
         async with fleet(
@@ -155,6 +156,7 @@ def test_limits_on_concurrency_and_rate():
         ) as running:
             policy.script = always(*(order(f"r{i}", a, b) for i in range(5)))
             await eventually(lambda: running.router.rescheduler.skipped["rate"] >= 4)
+            await eventually(lambda: a.orders)
             assert len(a.orders) == 1
 
     run(check())
