@@ -15,12 +15,12 @@ from sglang_star import __version__
 from sglang_star.config import StarConfig
 from sglang_star.errors import StarError
 from sglang_star.identity import fingerprint_of, host_token
+from sglang_star.migration.batch import PENALTY_LOG
 from sglang_star.migration.links import Links, Order, PeerLost
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import Relay
 from sglang_star.migration.report import CLOCK, MoveLog
 from sglang_star.migration.source import Source
-from sglang_star.migration.states import Home
 from sglang_star.migration.target import Guests
 from sglang_star.orders import Orders
 from sglang_star.protocol import (
@@ -86,14 +86,12 @@ class Instance:
             fingerprint,
             self._guests.handed_over,
         )
-        self._pages = pages
         self._status = StatusReporter(
             scheduler,
             self._links.peer,
             pages,
             self._source,
             self._guests,
-            self._relay,
             log,
             self._timer,
         )
@@ -208,7 +206,7 @@ class Instance:
     def holds_kv_off_batch(self) -> bool:
         """Whether KV is held that SGLang's accounting does not see."""
         return any(g.arriving for g in self._guests.by_stream.values()) or any(
-            m.machine.state in (Home.PARKED, Home.COMMITTED) for m in self._source.moves.values()
+            move.off_batch for move in self._source.moves.values()
         )
 
     def may_sleep(self) -> bool:
@@ -229,7 +227,7 @@ class Instance:
         if is_retracted:
             self._status.retractions += 1
             # SGLang forgets accumulated penalties when it retracts; so must a later move.
-            req.__dict__.pop("_star_penalty_log", None)
+            req.__dict__.pop(PENALTY_LOG, None)
             return False
         return self._guests.rebuilt(req)
 
@@ -250,8 +248,8 @@ class Instance:
     def abort(self, wanted: Callable[[Req], bool], message: str | None) -> None:
         """A client's abort, for requests that SGLang does not find in its batch."""
         self._relay.abort(wanted, message)
-        for move in [m for m in self._source.moves.values() if wanted(m.req)]:
-            if move.machine.state in (Home.PARKED, Home.COMMITTED):
+        for move in list(self._source.moves.values()):
+            if move.off_batch and wanted(move.req):
                 self._source.abort(move, "aborted")
                 move.req.finished_reason = FINISH_ABORT(message)
                 move.req.time_stats.set_completion_time()

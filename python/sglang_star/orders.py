@@ -26,7 +26,6 @@ from sglang_star.protocol import (
 from sglang_star.status import StatusReporter, StepTimer
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class Orders:
             case DrainOrder():
                 self._guests.draining = True
                 self._drain_targets = list(message.targets)
-                return orjson.dumps({"draining": True, "requests": len(self._movable())})
+                return orjson.dumps({"draining": True, "requests": len(self._decoding())})
             case UndrainOrder():
                 self._guests.draining = False
                 self._drain_targets = []
@@ -121,10 +120,11 @@ class Orders:
             f"no request {rid!r} is decoding here", hint="see GET /star/status for those that are"
         )
 
-    def _movable(self) -> list[tuple[Req, str]]:
+    def _decoding(self) -> list[str]:
+        """What their clients call the requests that decode here."""
         names = {g.rid: g.reserve.client_rid for g in self._guests.by_stream.values()}
         return [
-            (req, names.get(req.rid, req.rid))
+            names.get(req.rid, req.rid)
             for req in self._scheduler.running_batch.reqs
             if not req.finished()
         ]
@@ -134,7 +134,7 @@ class Orders:
         if not self._drain_targets or time.monotonic() < self._drain_next:
             return
         self._drain_next = time.monotonic() + DRAIN_RETRY_S
-        for _, rid in self._movable():
+        for rid in self._decoding():
             if len(self._source.moves) >= self._config.max_moves:
                 return
             target = self._drain_targets.pop(0)

@@ -12,7 +12,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_star.migration import codec
 from sglang_star.migration.pages import KvPages
-from sglang_star.migration.relay import ESTIMATE, MOVES, Relay
+from sglang_star.migration.relay import ESTIMATE, MOVES
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.source import Source
 from sglang_star.migration.target import Guests
@@ -73,7 +73,6 @@ class StatusReporter:
         pages: KvPages,
         source: Source,
         guests: Guests,
-        relay: Relay,
         log: MoveLog,
         timer: StepTimer,
     ) -> None:
@@ -82,7 +81,6 @@ class StatusReporter:
         self._pages = pages
         self._source = source
         self._guests = guests
-        self._relay = relay
         self._log = log
         self._timer = timer
         self._sequence = 0

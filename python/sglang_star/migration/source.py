@@ -58,7 +58,7 @@ class Move:
 
     Attributes:
         home: whose stream it is; ourselves unless the request is a guest here.
-        sent: KV positions gathered so far; unacknowledged: slots the target still reads.
+        sent: KV positions gathered so far; free_slots: those the target does not read any more.
         precopied: positions gathered before parking.
     """
 
@@ -80,9 +80,9 @@ class Move:
     deadline: float = 0.0
 
     @property
-    def unacknowledged(self) -> int:
-        """Slots the target has not taken yet."""
-        return SLOTS - len(self.free_slots)
+    def off_batch(self) -> bool:
+        """Whether the request is out of the running batch, with its KV still held here."""
+        return self.machine.state in (Home.PARKED, Home.COMMITTED)
 
 
 class Source:
@@ -324,22 +324,15 @@ class Source:
 
     def cancel(self, move: Move, outcome: str, detail: str, *, tell: bool = True) -> None:
         """End a move; the request goes on decoding here."""
-        parked = move.machine.state in (Home.PARKED, Home.COMMITTED)
+        off_batch = move.off_batch
         self._end(move, HomeEvent.CANCEL, outcome, detail, tell=tell)
-        if parked:
+        if off_batch:
             batch.unpark(self._scheduler, move.req, getattr(move.req, batch.PENALTY_LOG, ()))
 
-    def abort(self, move: Move, detail: str) -> bool:
-        """End a move because its request is being aborted.
-
-        Returns:
-            True if the request is out of the batch, so that the caller must end it.
-        """
-        parked = move.machine.state in (Home.PARKED, Home.COMMITTED)
+    def abort(self, move: Move, detail: str) -> None:
+        """End a move whose request is off the batch and aborted; the caller ends the request."""
         self._end(move, HomeEvent.ABORT, "cancelled", detail)
-        if parked:
-            self._pages.release(move.req, keep_prefix=True)
-        return parked
+        self._pages.release(move.req, keep_prefix=True)
 
     def _end(
         self, move: Move, event: HomeEvent, outcome: str, detail: str, *, tell: bool = True

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GUEST_PREFIX = "star-guest-"
+"""Of rids; abort matches by prefix, so what follows is unique in itself."""
+
 HEADROOM_TOKENS = 64
 """Free KV a target keeps beyond a guest's context, so that it can decode at all."""
 
@@ -131,7 +134,7 @@ class Guests:
         now = time.monotonic()
         return Guest(
             reserve=message,
-            rid=shadow.req.rid if comes_home and shadow else f"star-guest-{uuid.uuid4().hex}",
+            rid=shadow.req.rid if comes_home and shadow else GUEST_PREFIX + uuid.uuid4().hex,
             carrier=carrier_named(message.transport).receive(message.transport_setup),
             deadline=now + self._config.move_deadline_s,
             confirmed_at=now,
@@ -178,7 +181,7 @@ class Guests:
         guest = self.by_rid.get(req.rid)
         if guest is None:
             # A guest whose move was cancelled while its grammar compiled.
-            return req.rid.startswith("star-guest-")
+            return req.rid.startswith(GUEST_PREFIX)
         if guest.req is not None:
             return False
         guest.req = req
@@ -279,7 +282,7 @@ class Guests:
         guest = self.by_rid.get(req.rid)
         if guest is None or guest.comes_home:
             # What SGLang says of a guest it just refused goes nowhere: its source is told.
-            return req.rid.startswith("star-guest-")
+            return req.rid.startswith(GUEST_PREFIX)
         have = len(req.output_ids)
         if guest.arriving or guest.muted or (have == guest.sent and not req.finished()):
             if req.finished():
@@ -307,7 +310,7 @@ class Guests:
         """SGLang ended a guest outside its output stream; tell home. False if not a guest."""
         guest = self.by_rid.get(rid)
         if guest is None or guest.comes_home:
-            return rid.startswith("star-guest-")
+            return rid.startswith(GUEST_PREFIX)
         if guest.arriving:
             self._refuse(guest.reserve, OrderRefused("the target aborted the request"))
             return True
@@ -350,7 +353,6 @@ class Guests:
                 guest.machine.fire(TargetEvent.CANCEL)
             if guest.req is not None:
                 self._pages.release(guest.req, keep_prefix=False)
-            guest.carrier.close()
             self._forget(guest)
         elif not guest.muted:
             guest.muted = True
