@@ -25,6 +25,9 @@ from sglang_star.predictor.prompts import Prompt, read_prompts
 from sglang_star.predictor.samples import FORMAT, MANIFEST, collected_rids
 
 REPORT_EVERY_S: Final = 10.0
+PROMPT_TOKENS: Final = 1024
+"""Prompt tokens per running request that the KV pool has room for; longer ones share."""
+
 SAMPLING: Final = ("temperature", "top_p", "top_k")
 
 Job = tuple[str, Prompt]
@@ -197,6 +200,8 @@ def start_engine(args: argparse.Namespace) -> Any:
         model_path=str(args.model),
         log_level="error",
         max_running_requests=args.concurrency,
+        # Room for every request at its longest; the default would take most of the host's memory.
+        max_total_tokens=args.concurrency * (args.max_new_tokens + PROMPT_TOKENS),
         sleep_on_idle=True,
     )
     enable(server_args, StarConfig(collect=str(args.out), predictor=PREDICTOR_OFF))
