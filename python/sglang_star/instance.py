@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import select
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from sglang_star.migration.report import CLOCK, MoveLog
 from sglang_star.migration.source import Source
 from sglang_star.migration.target import Guests
 from sglang_star.orders import Orders
+from sglang_star.platform import device
 from sglang_star.protocol import (
     PROTOCOL_VERSION,
     Advertisement,
@@ -31,6 +31,7 @@ from sglang_star.protocol import (
     Inserted,
     PagesReady,
     PagesTaken,
+    Parked,
     Peer,
     Refused,
     Release,
@@ -45,6 +46,11 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+POLL_S = 0.0005
+"""How often the device is asked whether it is done, where it cannot wake a poll itself."""
+HOLD_SHARE = 0.9
+"""Of a decode step that queueing the next one may be put off; the rest prepares its launch."""
 
 
 class Instance:
@@ -127,8 +133,9 @@ class Instance:
 
     def tick(self) -> None:
         """Handle what arrived, advance moves, publish; SGLang is between two steps."""
-        while (item := self._links.take()) is not None:
-            self._handle(item)
+        self._receive()
+        if self._guests.by_stream:
+            self._await_commit()
         if self._source.moves:
             self._source.step()
         if self._guests.by_stream:
@@ -140,6 +147,37 @@ class Instance:
             self._next_status = time.monotonic() + self._config.status_interval_ms / 1e3
             self._links.publish(self._status.snapshot())
 
+    def _receive(self, *, urgent_only: bool = False) -> None:
+        while (item := self._links.take(urgent_only=urgent_only)) is not None:
+            self._handle(item)
+
+    def _await_commit(self) -> None:
+        """Let a guest that is about to arrive catch the step that would be queued now.
+
+        Under overlap the device is still busy with the step before, so that nothing is lost by
+        queueing the next one a little later, and the guest gains a whole step.
+        """
+        queue = getattr(self._scheduler, "result_queue", None)
+        if not queue or self._timer.ema_ms <= 0.0:
+            return
+        running = device.pending(queue[-1][1])
+        until = time.monotonic() + HOLD_SHARE * self._timer.ema_ms / 1e3
+        while self._guests.expecting() and time.monotonic() < until and running():
+            if self._links.idle():
+                self._links.wait(POLL_S)
+            self._receive()
+            self._relay.flush()
+
+    def await_result(self, result: object) -> None:
+        """Pass tokens on to our clients while the device works on ``result``."""
+        running = device.pending(result)
+        while (self._relay.shadows or self._source.moves) and running():
+            if self._links.idle() or not self._links.urgent:
+                self._links.wait(POLL_S)
+            self._receive(urgent_only=True)
+            self._relay.flush()
+        device.settle(result)
+
     def _handle(self, item: object) -> None:
         try:
             match item:
@@ -147,6 +185,8 @@ class Instance:
                     self._relay.on_chunk(item)
                 case PagesReady():
                     self._guests.on_pages(item)
+                case Parked():
+                    self._guests.on_parked(item)
                 case PagesTaken():
                     self._source.on_taken(item)
                 case Heartbeat():
@@ -210,17 +250,12 @@ class Instance:
         )
 
     def may_sleep(self) -> bool:
-        """Whether nothing waits for the next tick; call before anything that polls for work.
-
-        A set wake-up whose messages were already taken would end every poll at once: it is
-        cleared first and the inbox looked at afterwards, so that no message is slept over.
-        """
-        self._links.wake.clear()
-        return not self._links.inbox
+        """Whether nothing waits for the next tick; call before anything that polls for work."""
+        return self._links.idle()
 
     def wait(self) -> None:
         """Sleep until a message arrives or a short moment has passed."""
-        select.select([self._links.wake.fd], [], [], 0.005)
+        self._links.wait(0.005)
 
     def queued(self, req: Req, *, is_retracted: bool) -> bool:
         """SGLang is about to queue ``req``; True if it is ours to keep."""

@@ -20,7 +20,7 @@ import msgspec
 
 from sglang_star.errors import MalformedMessage, VersionMismatch
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 QUANTILE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Levels of every remaining-length estimate on the wire; index 2 is the point estimate."""
@@ -108,6 +108,9 @@ class InstanceStatus(Message, frozen=True):
         requests: every running request, then the queued ones.
         recent_moves: moves whose home is this instance and that ended in the last 10 s;
             repeated in several statuses so that a lost message loses nothing.
+        move_outcomes: how many moves ended in each way since start.
+        predictor_fallbacks: estimates read from the head's by-age table because the model's or
+            the head's numbers were not finite; predictor_failures: steps left without estimates.
     """
 
     instance_id: str
@@ -128,6 +131,9 @@ class InstanceStatus(Message, frozen=True):
     draining: bool = False
     requests: tuple[RequestStatus, ...] = ()
     recent_moves: tuple[MoveReport, ...] = ()
+    move_outcomes: dict[str, int] = {}
+    predictor_fallbacks: int = 0
+    predictor_failures: int = 0
 
 
 class Advertisement(msgspec.Struct, frozen=True, kw_only=True):
@@ -284,6 +290,16 @@ class PagesTaken(MigrationMessage, frozen=True):
     slot: int
 
 
+class Parked(MigrationMessage, frozen=True):
+    """The request is out of the source's batch; :class:`Commit` follows when its step is over.
+
+    Attributes:
+        step_ms: how long a decode step takes there.
+    """
+
+    step_ms: float
+
+
 class MoveFacts(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """What only the source knows about a move; see :class:`MoveReport` for the units."""
 
@@ -370,6 +386,7 @@ AnyMessage = (
     | Refused
     | PagesReady
     | PagesTaken
+    | Parked
     | Commit
     | Inserted
     | TokenChunk

@@ -136,6 +136,8 @@ def on_idle(original: Any, scheduler: Any) -> None:
 
 
 def process_batch_result(original: Any, scheduler: Any, batch: Any, result: Any) -> None:
-    """AROUND ``Scheduler.process_batch_result``."""
+    """AROUND ``Scheduler.process_batch_result``: first wait for the device, usefully."""
+    star = getattr(scheduler, _INSTANCE)
+    star.await_result(result)
     original(scheduler, batch, result)
-    getattr(scheduler, _INSTANCE).decoded(steady=batch.forward_mode.is_decode())
+    star.decoded(steady=batch.forward_mode.is_decode())

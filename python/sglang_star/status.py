@@ -16,6 +16,7 @@ from sglang_star.migration.relay import ESTIMATE, MOVES
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.source import Source
 from sglang_star.migration.target import Guests
+from sglang_star.predictor import runner
 from sglang_star.protocol import InstanceStatus, Peer, RequestStatus
 
 if TYPE_CHECKING:
@@ -112,6 +113,9 @@ class StatusReporter:
             draining=self._guests.draining,
             requests=(*running, *queued),
             recent_moves=self._log.recent(),
+            move_outcomes=dict(self._log.outcomes),
+            predictor_fallbacks=runner.fallbacks,
+            predictor_failures=runner.failures,
         )
 
     def _running(self) -> Iterator[Req]:

@@ -108,6 +108,12 @@ def fleet_metrics(
     yield status("running_requests", "Requests decoding.", "running")
     yield status("queued_requests", "Requests waiting in the engine.", "queued")
     yield status("step_milliseconds", "Decode step time, exponential mean.", "step_ms_ema")
+    yield counter("predictor_fallbacks", "Estimates read from the by-age table.",
+                  [((m.name,), m.status.predictor_fallbacks) for m in members if m.status],
+                  ("instance",))  # fmt: skip
+    yield counter("predictor_failures", "Steps without estimates because of a defect.",
+                  [((m.name,), m.status.predictor_failures) for m in members if m.status],
+                  ("instance",))  # fmt: skip
     yield gauge("holding_requests", "Requests held at the router.",
                 [("router", dispatcher.holding)], "at")  # fmt: skip
     yield counter("refused", "Requests the router refused.",

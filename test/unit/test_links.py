@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from sglang_star.errors import ConfigError
-from sglang_star.migration.links import Links, Order, PeerLost
+from sglang_star.migration.links import URGENT, Links, Order, PeerLost
 from sglang_star.protocol import Heartbeat, InstanceStatus, OrderReply, StatusOrder, decode, encode
 from unit.test_protocol import MESSAGES
 
@@ -54,9 +54,27 @@ def wait_for(links: Links, kind: type[Any], seconds: float = 10.0) -> Any:
 
 def test_messages_arrive_in_order(make: Callable[..., Links]) -> None:
     a, b = make("a"), make("b")
-    for message in MESSAGES[:4]:
+    plain = [m for m in MESSAGES if not isinstance(m, (*URGENT, Heartbeat))][:4]
+    for message in plain:
         a.send(b.peer, message)
-    assert [wait_for(b, type(m)) for m in MESSAGES[:4]] == MESSAGES[:4]
+    assert [wait_for(b, type(m)) for m in plain] == plain
+
+
+def test_urgent_messages_overtake_the_others(make: Callable[..., Links]) -> None:
+    a, b = make("a"), make("b")
+    urgent = [m for m in MESSAGES if isinstance(m, URGENT)]
+    plain = next(m for m in MESSAGES if not isinstance(m, (*URGENT, Heartbeat)))
+    assert urgent
+    for message in (plain, *urgent):
+        a.send(b.peer, message)
+    deadline = time.monotonic() + 10
+    while len(b.urgent) < len(urgent) and time.monotonic() < deadline:
+        b.wait(0.01)
+    assert not b.idle()
+    assert [b.take(urgent_only=True) for _ in urgent] == urgent
+    assert b.take(urgent_only=True) is None
+    assert b.take() == plain
+    assert b.idle()
 
 
 def test_heartbeats_keep_a_peer_alive_and_silence_loses_it_once(make: Callable[..., Links]) -> None:

@@ -27,6 +27,7 @@ ADDRESS: dict[str, Any] = {
     "receiver_incarnation": 8,
 }
 MESSAGES = [
+    protocol.Parked(**ADDRESS, step_ms=30.0),
     protocol.PagesReady(**ADDRESS, start=0, end=16, slot=2),
     protocol.Commit(
         **ADDRESS,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import shutil
 import tempfile
 import threading
@@ -23,12 +24,25 @@ from dataclasses import dataclass
 import zmq
 
 from sglang_star.errors import ConfigError, ProtocolError
-from sglang_star.protocol import Heartbeat, Message, Peer, decode, encode
+from sglang_star.protocol import (
+    Heartbeat,
+    Inserted,
+    Message,
+    PagesTaken,
+    Peer,
+    Reserved,
+    TokenChunk,
+    decode,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20
 SEND_HIGH_WATER_MARK = 100_000
+URGENT = (TokenChunk, Inserted, Reserved, PagesTaken)
+"""What may be handled while a decode step runs, since it touches no request that is in it: a
+relayed token need not wait for home's own step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +81,8 @@ class Links:
     """All traffic of one instance: peers, status subscribers, and its own HTTP process.
 
     Attributes:
-        inbox: messages, :class:`Order` and :class:`PeerLost`, taken by the scheduler thread.
+        inbox: messages, :class:`Order` and :class:`PeerLost`, taken by the scheduler thread at a
+            step boundary; urgent: :data:`URGENT` messages, taken while a step runs as well.
         peer: how others reach this instance; status_address, order_address: the other endpoints.
         wake: readable while the inbox may hold something.
         dropped: counts of bytes that were not understood, by error name.
@@ -86,6 +101,7 @@ class Links:
         timeout_s: float,
     ) -> None:
         self.inbox: deque[Message | Order | PeerLost] = deque()
+        self.urgent: deque[Message] = deque()
         self.wake = Wake()
         self.dropped: Counter[str] = Counter()
         self._heartbeat_s = heartbeat_s
@@ -164,12 +180,24 @@ class Links:
             }
         self._outbox_wake.set()
 
-    def take(self) -> Message | Order | PeerLost | None:
-        """Pop the oldest item of the inbox."""
-        try:
-            return self.inbox.popleft()
-        except IndexError:
-            return None
+    def take(self, *, urgent_only: bool = False) -> Message | Order | PeerLost | None:
+        """Pop the oldest item, urgent ones first."""
+        if self.urgent:
+            return self.urgent.popleft()
+        return self.inbox.popleft() if self.inbox and not urgent_only else None
+
+    def idle(self) -> bool:
+        """Whether there is nothing to take; call before anything that waits for :attr:`wake`.
+
+        A set wake-up whose messages were already taken would end every wait at once: it is
+        cleared first and the queues looked at afterwards, so that no message is slept over.
+        """
+        self.wake.clear()
+        return not self.inbox and not self.urgent
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until a message arrives, or for so long."""
+        select.select([self.wake.fd], [], [], seconds)
 
     def close(self) -> None:
         """Stop the thread and close every socket."""
@@ -235,7 +263,7 @@ class Links:
                 continue
             if isinstance(message, Heartbeat):
                 self._hear(message)
-            self.inbox.append(message)
+            (self.urgent if isinstance(message, URGENT) else self.inbox).append(message)
             arrived = True
         if arrived:
             self.wake.set()

@@ -31,6 +31,7 @@ from sglang_star.protocol import (
     MoveReport,
     PagesReady,
     PagesTaken,
+    Parked,
     Peer,
     Refused,
     Release,
@@ -239,6 +240,7 @@ class Source:
         if ready - move.sent < max(page, 2) and len(move.free_slots) >= SLOTS - 1:
             move.machine.fire(HomeEvent.PARK)
             batch.park(self._scheduler, move.req)
+            self._send(Parked(**self._address(move), step_ms=move.step_ms), move)
         return copied
 
     def _ship(self, move: Move, end: int) -> None:

@@ -30,6 +30,7 @@ from sglang_star.protocol import (
     Inserted,
     PagesReady,
     PagesTaken,
+    Parked,
     Peer,
     Refused,
     Release,
@@ -60,6 +61,7 @@ class Guest:
         base: output tokens it came with; sent: output tokens its home has or was sent.
         comes_home: the home is this instance: ``req`` is its shadow's request.
         confirmed_at: when home last said that it wants the stream.
+        due: until when its commit is expected any moment, monotonic seconds.
     """
 
     reserve: Reserve
@@ -73,6 +75,7 @@ class Guest:
     base: int = 0
     sent: int = 0
     muted: bool = False
+    due: float = 0.0
 
     @property
     def arriving(self) -> bool:
@@ -231,6 +234,17 @@ class Guests:
         self._answer(
             guest, PagesTaken(**self._address(message), end=message.end, slot=message.slot)
         )
+
+    def on_parked(self, message: Parked) -> None:
+        """The source finishes its last step of a request that comes here."""
+        guest = self.by_stream.get(message.stream_id)
+        if guest is not None:
+            guest.due = time.monotonic() + 2 * message.step_ms / 1e3
+
+    def expecting(self) -> bool:
+        """Whether a commit should arrive within about a step."""
+        now = time.monotonic()
+        return any(g.due > now and g.arriving for g in self.by_stream.values())
 
     def on_commit(self, message: Commit) -> None:
         """Insert the request into the running batch: it decodes here from the next step on."""

@@ -1,7 +1,9 @@
 """Paced execution: a CPU instance that keeps the step times of a modelled GPU.
 
-Each forward is padded by sleeping to the time its profile gives for this batch. A forward that
-took longer than that by itself is counted, since the emulation is then no longer faithful.
+A GPU works through its queue while the scheduler prepares the next step. Here a forward computes
+at once, and its result is held back until the modelled card, busy with one forward after the
+other, would have had it. A forward that took longer than its modelled time is counted, since the
+emulation is then no longer faithful.
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ from typing import Any
 from sglang_star.launch import ATTRIBUTE
 from sglang_star.platform.profile import Profile, find
 
+DONE_AT = "_star_done_at"
+"""Attribute of a forward's logits output: ``time.monotonic()`` when the card would be done."""
+
 late: int = 0
 """Forwards that took longer than their modelled time."""
+
+_free_at = 0.0
 
 
 def forward(original: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -21,15 +28,14 @@ def forward(original: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs
     star = getattr(runner.server_args, ATTRIBUTE, None)
     if star is None or not star.paced:
         return original(runner, forward_batch, *args, **kwargs)
-    began = time.perf_counter()
-    result = original(runner, forward_batch, *args, **kwargs)
-    left = modelled_s(find(star.paced), forward_batch) - (time.perf_counter() - began)
-    if left > 0:
-        time.sleep(left)
-    else:
-        global late
-        late += 1
-    return result
+    global _free_at, late
+    began = time.monotonic()
+    output = original(runner, forward_batch, *args, **kwargs)
+    took = modelled_s(find(star.paced), forward_batch)
+    late += time.monotonic() - began > took
+    _free_at = max(_free_at, began) + took
+    setattr(output.logits_output, DONE_AT, _free_at)
+    return output
 
 
 def modelled_s(profile: Profile, forward_batch: Any) -> float:

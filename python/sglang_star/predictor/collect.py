@@ -4,6 +4,8 @@ An offline SGLang engine answers the prompts while STAR's own hook records. Ever
 skipped by the next run. Ctrl-C or SIGTERM stops sending and lets running requests end, because
 dropping them would keep only the short ones; a second one cuts them, and they are kept as
 censored. What is left can be trained on or continued.
+
+With ``--resample`` it continues prefixes of a collection many times instead, for the floor.
 """
 
 from __future__ import annotations
@@ -17,12 +19,19 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sglang_star.config import PREDICTOR_OFF, StarConfig
 from sglang_star.errors import ConfigError
+from sglang_star.predictor import resample
 from sglang_star.predictor.prompts import Prompt, read_prompts
-from sglang_star.predictor.samples import FORMAT, MANIFEST, collected_rids
+from sglang_star.predictor.samples import (
+    FORMAT,
+    MANIFEST,
+    SOURCES,
+    collected_rids,
+    describe,
+)
 
 REPORT_EVERY_S: Final = 10.0
 PROMPT_TOKENS: Final = 1024
@@ -33,7 +42,8 @@ SAMPLING: Final = ("temperature", "top_p", "top_k")
 Job = tuple[str, Prompt]
 """A rid (``<prompt key>#<sample>``) and its prompt."""
 
-Generate = Callable[[Job], Awaitable[int]]
+T = TypeVar("T")
+Generate = Callable[[T], Awaitable[int]]
 """Answer one job; returns the number of output tokens."""
 
 Cut = Callable[[], None]
@@ -76,30 +86,78 @@ def main(argv: Sequence[str] | None = None) -> int:
         ConfigError: the prompts, the folder or an option is wrong.
     """
     args = parser().parse_args(argv)
+    return _resample(args) if args.resample else _collect(args)
+
+
+def _collect(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)[: args.limit]
     write_manifest(args.out, settings(args, len(prompts)))
-    jobs = plan(prompts, args.samples, args.out)
+    write_sources(args.out, prompts)
+    jobs = plan(prompts, args.samples or 1, args.out)
     if not jobs:
         print(f"{args.out} already holds every sample asked for")
         return 0
-    engine = start_engine(args)
-    try:
-        generate = generator(engine, args)
-        cut = functools.partial(engine.tokenizer_manager.abort_request, abort_all=True)
-        engine.loop.run_until_complete(drive(jobs, generate, cut, args.concurrency, args.minutes))
-    finally:
-        engine.shutdown()
+    with _Engine(args, collect=str(args.out)) as engine:
+        engine.drive(jobs, generator(engine.engine, args))
     return 0
+
+
+def _resample(args: argparse.Namespace) -> int:
+    _, manifest = describe(args.resample)
+    if Path(args.model).name != manifest["model"]:
+        raise ConfigError(f"{args.resample} was collected from {manifest['model']}")
+    args.max_new_tokens, args.no_chat_template = manifest["max_new_tokens"], False
+    for name in SAMPLING:
+        setattr(args, name, manifest["sampling"][name])
+    write_manifest(args.out, settings(args, 0) | {"chat_template": manifest["chat_template"]})
+    points = resample.plan(
+        args.resample, args.limit or resample.POINTS, set(resample.read(args.out))
+    )
+    if not points:
+        print(f"{args.out} already holds every point asked for")
+        return 0
+    sampling = {k: v for k, v in manifest["sampling"].items() if v is not None}
+    repeats = args.samples or resample.REPEATS
+    with _Engine(args) as engine:
+        engine.drive(
+            points, resample.continuer(engine.engine, sampling, repeats, args.out), repeats
+        )
+    return 0
+
+
+class _Engine:
+    """SGLang for one run of this command."""
+
+    def __init__(self, args: argparse.Namespace, collect: str = "") -> None:
+        self._args = args
+        self.engine = start_engine(args, collect)
+
+    def __enter__(self) -> _Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.engine.shutdown()
+
+    def drive(self, jobs: Sequence[T], generate: Generate[T], outputs: int = 1) -> None:
+        """Answer all jobs, each of so many outputs."""
+        cut = functools.partial(self.engine.tokenizer_manager.abort_request, abort_all=True)
+        at_once = max(self._args.concurrency // outputs, 1)
+        run = drive(jobs, generate, cut, at_once, self._args.minutes)
+        self.engine.loop.run_until_complete(run)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument("--model", required=True, help="model path, as for SGLang")
-    result.add_argument("--prompts", required=True, type=Path, help="jsonl[.gz], json or text")
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", type=Path, help="jsonl[.gz], json or text")
+    source.add_argument(
+        "--resample", type=Path, metavar="FOLDER", help="continue prefixes of this collection"
+    )
     result.add_argument("--out", required=True, type=Path, help="folder; continued if it exists")
-    result.add_argument("--limit", type=int, help="use this many prompts [all]")
-    result.add_argument("--samples", type=int, default=1, help="outputs per prompt [1]")
+    result.add_argument("--limit", type=int, help="this many prompts [all] or points [100]")
+    result.add_argument("--samples", type=int, help="outputs per prompt [1] or point [16]")
     result.add_argument("--max-new-tokens", type=int, default=1024, help="cap [1024]")
     result.add_argument("--temperature", type=float, help="[the model's own]")
     result.add_argument("--top-p", type=float, help="[the model's own]")
@@ -143,6 +201,12 @@ def write_manifest(folder: Path, fresh: dict[str, Any]) -> None:
     path.write_text(json.dumps(old | fresh, indent=2))
 
 
+def write_sources(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Note the source of every prompt by its key, so that whole sources can be held out."""
+    sources = {prompt.key: prompt.source for prompt in prompts}
+    (folder / SOURCES).write_text(json.dumps(sources, indent=0))
+
+
 def plan(prompts: Sequence[Prompt], samples: int, folder: Path) -> list[Job]:
     """Jobs not yet on disk; every prompt is sampled once before any is sampled twice."""
     done = set(collected_rids(folder))
@@ -151,8 +215,8 @@ def plan(prompts: Sequence[Prompt], samples: int, folder: Path) -> list[Job]:
 
 
 async def drive(
-    jobs: Sequence[Job],
-    generate: Generate,
+    jobs: Sequence[T],
+    generate: Generate[T],
     cut: Cut,
     concurrency: int,
     minutes: float | None = None,
@@ -189,8 +253,8 @@ async def drive(
     return progress
 
 
-def start_engine(args: argparse.Namespace) -> Any:
-    """Boot SGLang with STAR recording to ``args.out``."""
+def start_engine(args: argparse.Namespace, collect: str = "") -> Any:
+    """Boot SGLang with STAR recording to the folder ``collect``, or not recording."""
     import sglang
     from sglang.srt.server_args import ServerArgs
 
@@ -204,11 +268,11 @@ def start_engine(args: argparse.Namespace) -> Any:
         max_total_tokens=args.concurrency * (args.max_new_tokens + PROMPT_TOKENS),
         sleep_on_idle=True,
     )
-    enable(server_args, StarConfig(collect=str(args.out), predictor=PREDICTOR_OFF))
+    enable(server_args, StarConfig(collect=collect, predictor=PREDICTOR_OFF))
     return sglang.Engine(server_args=server_args)
 
 
-def generator(engine: Any, args: argparse.Namespace) -> Generate:
+def generator(engine: Any, args: argparse.Namespace) -> Generate[Job]:
     """Bind the engine, its tokenizer and the sampling options into one coroutine."""
     tokenizer = engine.tokenizer_manager.tokenizer
     sampling = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}

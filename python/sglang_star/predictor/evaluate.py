@@ -17,9 +17,9 @@ from sglang_star.predictor import collect, dataset, metrics
 from sglang_star.predictor.baselines import BASELINES
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, load
-from sglang_star.predictor.samples import load_samples
+from sglang_star.predictor.samples import describe, load_samples
 from sglang_star.predictor.timing import step_ms
-from sglang_star.predictor.train import describe, predict
+from sglang_star.predictor.train import predict
 
 TIMED_BATCH: Final = 32
 """``ms_per_step`` is for this many requests, both halves, on this CPU."""

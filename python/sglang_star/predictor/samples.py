@@ -15,13 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from sglang_star.errors import ConfigError
+from sglang_star.predictor.fingerprint import ModelFingerprint
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.json"
+SOURCES: Final = "sources.json"
+"""Where each prompt came from: its key to the name of a source."""
+
 FORMAT: Final = 1
 
 Array = NDArray[Any]
@@ -189,6 +194,24 @@ def _header(path: Path) -> dict[str, Any]:
             f"{path} is not a sample shard ({error})", hint="delete it and collect again"
         ) from error
     return dict(header)
+
+
+def describe(folder: Path) -> tuple[ModelFingerprint, dict[str, Any]]:
+    """Read which model a collection is of, and how it was made.
+
+    Raises:
+        ConfigError: the folder is no collection.
+    """
+    try:
+        model = msgspec.json.decode((folder / MODEL).read_bytes(), type=ModelFingerprint)
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            f"{folder} is not a collection: {error}",
+            hint="make one with `star predictor collect`",
+        ) from error
+    # Paths of the machine that collected say nothing to whoever reads the head.
+    return model, manifest | {"model": Path(manifest["model"]).name}
 
 
 def load_samples(folder: Path) -> Samples:

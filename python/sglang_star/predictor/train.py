@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from sglang_star.errors import ConfigError
 from sglang_star.predictor import dataset, metrics
 from sglang_star.predictor.baselines import ByAge, PaperHead
-from sglang_star.predictor.fingerprint import ModelFingerprint
 from sglang_star.predictor.fit import Curves, Recipe, fit
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
-from sglang_star.predictor.samples import MANIFEST, MODEL, Samples, load_samples
+from sglang_star.predictor.samples import Samples, describe, load_samples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,24 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--epochs", type=int, default=200, help="at most [200]")
     result.add_argument("--plot", type=Path, help="figure of the loss curves")
     return result
-
-
-def describe(folder: Path) -> tuple[ModelFingerprint, dict[str, Any]]:
-    """Read which model a collection is of, and how it was made.
-
-    Raises:
-        ConfigError: the folder is no collection.
-    """
-    try:
-        model = msgspec.json.decode((folder / MODEL).read_bytes(), type=ModelFingerprint)
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
-        raise ConfigError(
-            f"{folder} is not a collection: {error}",
-            hint="make one with `star predictor collect`",
-        ) from error
-    # Paths of the machine that collected say nothing to whoever reads the head.
-    return model, manifest | {"model": Path(manifest["model"]).name}
 
 
 def volume(parts: dataset.Split) -> dict[str, Any]:
