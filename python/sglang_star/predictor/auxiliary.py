@@ -243,7 +243,10 @@ class _Run:
         """Batches of a few samples of every other request."""
         chosen = self._random.permutation(len(self._spans))[: (len(self._spans) + 1) // 2]
         rows = np.concatenate(
-            [self._spans[i][0] + self._random.integers(0, self._spans[i][1], POINTS) for i in chosen]
+            [
+                self._spans[i][0] + self._random.integers(0, self._spans[i][1], POINTS)
+                for i in chosen
+            ]
         )
         self._random.shuffle(rows)
         return np.array_split(rows, math.ceil(len(rows) / BATCH))

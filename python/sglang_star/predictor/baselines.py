@@ -6,7 +6,7 @@ A baseline is fitted by its constructor and then predicts remaining tokens, ``[n
 from __future__ import annotations
 
 import itertools
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 import torch
@@ -56,6 +56,25 @@ class ByAge:
         """The row of each sample's age group."""
         index = np.searchsorted(self._edges, samples.tokens, side="right") - 1
         return np.asarray(self._table[np.maximum(index, 0)])
+
+
+class AgeMean:
+    """Mean remaining length given only tokens so far, in the groups of :class:`ByAge`."""
+
+    def __init__(self, fit: Samples) -> None:
+        fit = dataset.known(fit)
+        self._edges, _ = dataset.by_age(fit, np.array(QUANTILE_LEVELS))
+        group = self._group(fit)
+        counts = np.bincount(group, minlength=len(self._edges))
+        sums = np.bincount(group, fit.remaining, minlength=len(self._edges))
+        self._mean = sums / np.maximum(counts, 1)
+
+    def predict(self, samples: Samples) -> Array:
+        """The mean of each sample's age group."""
+        return np.asarray(self._mean[self._group(samples)])
+
+    def _group(self, samples: Samples) -> Array:
+        return np.maximum(np.searchsorted(self._edges, samples.tokens, side="right") - 1, 0)
 
 
 class LinearProbe:
@@ -167,8 +186,27 @@ BASELINES: Final[dict[str, Any]] = {
     "median": ConstantMedian,
     "by_age": ByAge,
     "prompt_only": PromptOnly,
+    "auxiliary": None,
     "trail": Trail,
 }
+
+
+def make(name: str, fit: Samples, seed: int, served: str) -> Baseline:
+    """Fit one of ``BASELINES``.
+
+    Args:
+        name: which; fit: the requests to fit on; seed: of everything random.
+        served: path of the served model, whose tokenizer the auxiliary model reads text with.
+
+    Raises:
+        ConfigError: too few requests, or no tokenizer; SetupError: no text encoder.
+    """
+    if name != "auxiliary":
+        return cast("Baseline", BASELINES[name](fit, seed))
+    # Imported late: it needs transformers, which nothing else here does.
+    from sglang_star.predictor.auxiliary import Auxiliary, decoder
+
+    return Auxiliary(fit, seed, decoder(served))
 
 
 class _Normal:

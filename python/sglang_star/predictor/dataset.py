@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,8 +29,12 @@ class Split:
     test: Samples
 
 
-def split(samples: Samples) -> Split:
+def split(samples: Samples, held_out: Array | None = None) -> Split:
     """Divide by prompt: 85 % to fit (70 train, 15 validation), 15 % to judge.
+
+    Args:
+        samples: a collection.
+        held_out: ``[requests]`` bool; these judge and the others fit, whatever their prompts.
 
     Raises:
         ConfigError: too few requests, or none of them ended by itself.
@@ -38,8 +44,11 @@ def split(samples: Samples) -> Split:
             "every output was cut by max_new_tokens, so no length was ever seen",
             hint="collect with a larger --max-new-tokens",
         )
-    held_back = np.array([split_of(rid) == "test" for rid in samples.rids])
-    parts = Split(samples.select(~held_back), samples.select(held_back & ~samples.cut))
+    hashed = np.array([split_of(rid) == "test" for rid in samples.rids])
+    if held_out is None:
+        held_out = hashed
+    # Prompts of the ordinary test split fit nothing, so that every head can be judged by them.
+    parts = Split(samples.select(~held_out & ~hashed), samples.select(held_out & ~samples.cut))
     for name, part in (("fit", parts.fit), ("test", parts.test)):
         if len(part.rids) < FEWEST_REQUESTS:
             raise ConfigError(
@@ -47,6 +56,73 @@ def split(samples: Samples) -> Split:
                 hint="collect more prompts with `star predictor collect`",
             )
     return parts
+
+
+def of_sources(samples: Samples, sources: dict[str, str], names: Sequence[str]) -> Array:
+    """Which requests have a prompt from one of the sources named, ``[requests]`` bool.
+
+    Raises:
+        ConfigError: a name is no source of these prompts, or where they came from is not known.
+    """
+    found = np.array(source_of(samples, sources))
+    if unknown := sorted(set(names) - set(found)):
+        known_ones = ", ".join(sorted(set(found))) or "none"
+        raise ConfigError(
+            f"no prompt is from {', '.join(unknown)}",
+            hint=f"the sources here are {known_ones}; --sources names the prompt file",
+        )
+    return np.isin(found, names)
+
+
+def source_of(samples: Samples, sources: dict[str, str]) -> list[str]:
+    """The source of each request's prompt, ``unknown`` where it was not recorded."""
+    return [sources.get(rid.partition("#")[0], "unknown") for rid in samples.rids]
+
+
+def known(samples: Samples) -> Samples:
+    """Requests whose served length is known, for methods that cannot take a lower bound.
+
+    An output that reached ``max_new_tokens`` counts with that length: predictions are limited to
+    it when judged, so for them it is exact.
+    """
+    return samples.select(~samples.cut)
+
+
+def validation(samples: Samples) -> Array:
+    """The requests by which methods choose among fits, ``[requests]`` bool.
+
+    Raises:
+        ConfigError: there are none, or nothing else.
+    """
+    found = np.array([split_of(rid) == "validation" for rid in samples.rids])
+    if found.all() or not found.any():
+        raise ConfigError("too few requests to choose by", hint="collect more prompts")
+    return found
+
+
+def thinned(samples: Samples, interval: int) -> Samples:
+    """Keep one sample every ``interval`` output tokens, a multiple of what was recorded."""
+    rows = (samples.tokens - 1) % interval == 0
+    return dataclasses.replace(
+        samples,
+        request=samples.request[rows],
+        tokens=samples.tokens[rows],
+        hidden=samples.hidden[rows],
+        pooled=_pooled_over(samples, rows),
+    )
+
+
+def _pooled_over(samples: Samples, rows: Array) -> Array:
+    """Mean states since the sample kept before, from those since the sample before."""
+    steps = _steps(samples)
+    group = np.concatenate([[0], np.cumsum(rows)[:-1]])[: len(rows)]
+    inside = group < rows.sum()
+    total = np.zeros((int(rows.sum()), samples.pooled.shape[1]), np.float32)
+    # Samples after the last one kept of a request belong to the next group: leave them out.
+    inside &= samples.request == samples.request[rows][np.minimum(group, len(total) - 1)]
+    np.add.at(total, group[inside], samples.pooled[inside].astype(np.float32) * steps[inside, None])
+    weight = np.bincount(group[inside], steps[inside], minlength=len(total))
+    return (total / weight[:, None]).astype(np.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +173,16 @@ def starts(samples: Samples) -> Array:
 def _running_mean(pooled: Array, samples: Samples) -> Array:
     """Mean over all tokens so far, from means over the tokens since the sample before."""
     begin = starts(samples)[samples.request]
-    steps = np.diff(samples.tokens, prepend=0)
-    steps[begin == np.arange(len(begin))] = 1
-    total = np.cumsum(pooled * steps[:, None], axis=0, dtype=np.float64)
+    total = np.cumsum(pooled * _steps(samples)[:, None], axis=0, dtype=np.float64)
     before = np.concatenate([np.zeros((1, total.shape[1])), total])[begin]
     return ((total - before) / samples.tokens[:, None]).astype(np.float32)
+
+
+def _steps(samples: Samples) -> Array:
+    """Tokens since the sample before."""
+    steps = np.diff(samples.tokens, prepend=0)
+    steps[starts(samples)] = 1
+    return steps
 
 
 def whiten(hidden: Array, width: int) -> tuple[Array, Array]:

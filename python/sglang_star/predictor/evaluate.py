@@ -10,19 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from sglang_star.errors import ConfigError
-from sglang_star.predictor import collect, dataset, metrics
-from sglang_star.predictor.baselines import BASELINES
+from sglang_star.predictor import (
+    baselines,
+    collect,
+    dataset,
+    errorcurve,
+    figures,
+    floor,
+    metrics,
+    resample,
+    samples,
+)
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, load
-from sglang_star.predictor.samples import describe, load_samples
 from sglang_star.predictor.timing import step_ms
-from sglang_star.predictor.train import predict
+from sglang_star.predictor.train import load_split, predict
 
 TIMED_BATCH: Final = 32
 """``ms_per_step`` is for this many requests, both halves, on this CPU."""
+TIMED_SAMPLES: Final = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,27 +37,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         ConfigError: the prompts, samples or head are unusable; HeadError for the head.
+        SetupError: a baseline needs a package that is not installed.
     """
     args = _parser().parse_args(argv)
     head = load(args.head)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.samples or _generate(args, args.work or Path(scratch))
-        model, manifest = describe(folder)
+        model, manifest = samples.describe(folder)
         head.card.fingerprint.require(model, str(args.head))
-        parts = dataset.split(load_samples(folder))
-    results = compare(head, parts, args.seed, args.only)
+        _check_held_out(head, args)
+        parts, sources = load_split(folder, args.sources or args.prompts, args.hold_out_source)
+        served = args.model or samples.served_model(folder)
+    resamples = resample.read(args.floor) if args.floor else {}
+    test = parts.test
+    predicted, costs = predictions(head, parts, served, args.seed, args.only)
     report = {
         "model": manifest["model"],
-        "prompts": len({rid.partition("#")[0] for rid in parts.test.rids}),
-        "requests": len(parts.test.rids),
-        "samples": len(parts.test.tokens),
-        "results": results,
+        "prompts": len({rid.partition("#")[0] for rid in test.rids}),
+        "requests": len(test.rids),
+        "samples": len(test.tokens),
+        "at_limit": float(test.censored.mean()),
+        "held_out_sources": args.hold_out_source,
+        "results": judge(predicted, costs, parts, sources, args.seed),
+        "floor": None,
     }
+    if args.floor:
+        report["floor"] = floor.of(test, resamples).report(test, predicted, args.seed)
     print(table(report))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2))
+        args.json.write_text(json.dumps(report, indent=2, allow_nan=False))
     if args.plot:
-        plot(report, args.plot)
+        figures.report(
+            report, {k: metrics.clip(v, test) for k, v in predicted.items()}, test, args.plot
+        )
+    if args.error_curve:
+        curve = errorcurve.measure(predicted["star"], predicted["by_age"], test, manifest["model"])
+        args.error_curve.write_text(json.dumps(curve, indent=2))
     return 0
 
 
@@ -60,15 +82,34 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompts", type=Path, help="prompt file; outputs are generated first")
     source.add_argument("--samples", type=Path, help="folder made by `star predictor collect`")
     result.add_argument("--head", required=True, type=Path, help="head to judge")
-    result.add_argument("--model", help="model path, needed with --prompts")
+    result.add_argument("--model", help="model path [the collection's]; needed with --prompts")
     result.add_argument("--work", type=Path, help="keep the generated samples here")
     result.add_argument("--limit", type=int, help="use this many prompts [all]")
     result.add_argument("--temperature", type=float, help="[the model's own]")
     result.add_argument("--top-p", type=float, help="[the model's own]")
-    result.add_argument("--only", nargs="+", choices=sorted(BASELINES), help="these baselines")
+    result.add_argument("--top-k", type=int, help="[the model's own]")
+    result.add_argument(
+        "--only", nargs="+", choices=sorted(baselines.BASELINES), help="these baselines and by_age"
+    )
+    result.add_argument(
+        "--hold-out-source",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="judge by these sources, which nothing was fitted on, the head included",
+    )
+    result.add_argument(
+        "--sources", type=Path, metavar="FILE", help="prompt file with sources [the collection's]"
+    )
+    result.add_argument(
+        "--floor", type=Path, metavar="FOLDER", help="made by `star predictor collect --resample`"
+    )
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", type=Path, help="write the report here")
-    result.add_argument("--plot", type=Path, help="figure of error against progress")
+    result.add_argument("--plot", type=Path, help="figure of errors and calibration")
+    result.add_argument(
+        "--error-curve", type=Path, metavar="FILE", help="error against progress, for the simulator"
+    )
     return result
 
 
@@ -76,62 +117,131 @@ def _generate(args: argparse.Namespace, folder: Path) -> Path:
     if not args.model:
         raise ConfigError("--prompts needs --model", hint="name the model the head is for")
     words = ["--model", args.model, "--prompts", str(args.prompts), "--out", str(folder)]
-    for name in ("limit", "temperature", "top_p"):
+    for name in ("limit", "temperature", "top_p", "top_k"):
         if (value := getattr(args, name)) is not None:
             words += ["--" + name.replace("_", "-"), str(value)]
     collect.main(words)
     return folder
 
 
-def compare(
-    head: Head, parts: dataset.Split, seed: int, only: Sequence[str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Fit every baseline on ``parts.fit`` and score all on ``parts.test``."""
-    results = {"star": metrics.score(predict(head, parts.test), parts.test, seed)}
-    results["star"] |= {
-        "parameters": head.parameters,
-        "ms_per_step": sum(step_ms(head, TIMED_BATCH)),
+def _check_held_out(head: Head, args: argparse.Namespace) -> None:
+    """Refuse to judge a head by sources that it was trained on."""
+    trained_without = head.card.provenance.get("held_out_sources", [])
+    if seen := sorted(set(args.hold_out_source) - set(trained_without)):
+        raise ConfigError(
+            f"{args.head} was trained on prompts from {', '.join(seen)}",
+            hint="train it with the same --hold-out-source",
+        )
+
+
+def predictions(
+    head: Head,
+    parts: dataset.Split,
+    served: str,
+    seed: int,
+    only: Sequence[str] | None = None,
+) -> tuple[dict[str, Array], dict[str, dict[str, Any]]]:
+    """What the head and every baseline, fitted on ``parts.fit``, say about ``parts.test``.
+
+    Returns:
+        By name the predictions, and ``parameters`` and ``ms_per_step``.
+    """
+    predicted = {"star": predict(head, parts.test)}
+    costs: dict[str, dict[str, Any]] = {
+        "star": {"parameters": head.parameters, "ms_per_step": sum(step_ms(head, TIMED_BATCH))}
     }
-    for name, baseline in BASELINES.items():
-        if only and name not in only:
+    for name in baselines.BASELINES:
+        if only and name not in {*only, "by_age"}:
             continue
-        fitted = baseline(parts.fit, seed)
-        started = time.perf_counter()
-        predicted: Array = fitted.predict(parts.test)
-        per_sample = (time.perf_counter() - started) / len(parts.test.tokens)
-        results[name] = metrics.score(predicted, parts.test, seed) | {
-            "parameters": fitted.parameters,
-            "ms_per_step": per_sample * TIMED_BATCH * 1e3,
-        }
+        print(f"fitting {name}", flush=True)
+        fitted = baselines.make(name, parts.fit, seed, served)
+        predicted[name] = fitted.predict(parts.test)
+        costs[name] = {"parameters": fitted.parameters, "ms_per_step": _step_ms(fitted, parts.test)}
+    return predicted, costs
+
+
+def _step_ms(fitted: baselines.Baseline, test: samples.Samples) -> float:
+    """Processor time of a step of ``TIMED_BATCH`` requests, from predicting a few at once."""
+    few = test.head(TIMED_SAMPLES)
+    started = time.thread_time()
+    fitted.predict(few)
+    return (time.thread_time() - started) / len(few.tokens) * TIMED_BATCH * 1e3
+
+
+def judge(
+    predicted: dict[str, Array],
+    costs: dict[str, dict[str, Any]],
+    parts: dataset.Split,
+    sources: Sequence[str],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Score everything, and every baseline's error paired with the head's."""
+    test = parts.test
+    error = {name: metrics.errors(values, test) for name, values in predicted.items()}
+    results = {}
+    for name, values in predicted.items():
+        results[name] = metrics.score(values, test, seed, sources) | costs[name]
+        if name != "star":
+            results[name]["star_minus"] = metrics.paired(
+                error["star"], error[name], test.request, seed
+            )
+    mean = baselines.AgeMean(parts.fit).predict(test)
+    results["by_age"]["mae_of_mean"] = float(metrics.errors(mean, test).mean())
     return results
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
     lines = [
-        f"{report['model']}: {report['requests']} requests, {report['samples']} samples",
-        f"{'':12}{'MAE':>8}{'95 % interval':>18}{'C-index':>9}{'P10-P90':>9}{'parameters':>12}"
-        f"{'ms/step':>9}",
+        f"{report['model']}: {report['requests']} requests never fitted on, {report['samples']} "
+        f"samples, {report['at_limit']:.0%} of the outputs cut by max_new_tokens",
+        f"{'':12}{'MAE':>8}{'95 % interval':>18}{'star minus it':>26}{'C-index':>9}{'P10-P90':>9}"
+        f"{'below limit':>12}{'parameters':>12}{'ms/step':>9}",
     ]
     for name, result in report["results"].items():
         low, high = result["mae_ci"]
-        coverage = "" if result["coverage"] is None else f"{result['coverage']:.1%}"
+        difference = ""
+        if "star_minus" in result:
+            less, more = result["star_minus"]["ci"]
+            difference = f"{result['star_minus']['difference']:.1f} ({less:.1f} to {more:.1f})"
         lines.append(
-            f"{name:12}{result['mae']:8.1f}{f'{low:.1f} - {high:.1f}':>18}"
-            f"{result['c_index']:9.3f}{coverage:>9}{result['parameters']:12,}"
+            f"{name:12}{result['mae']:8.1f}{f'{low:.1f} - {high:.1f}':>18}{difference:>26}"
+            f"{result['c_index']:9.3f}{_share(result['coverage']):>9}"
+            f"{_share(result.get('coverage_below_limit')):>12}{result['parameters']:12,}"
             f"{result['ms_per_step']:9.2f}"
         )
+    by_age = report["results"]["by_age"]
+    lines.append(f"by_age with the mean instead of the median: {by_age['mae_of_mean']:.1f}")
+    star = report["results"]["star"]
+    if star["mae_by_source"]:
+        lines.append("star by source: " + _by_source(star["mae_by_source"]))
+    if report["floor"]:
+        lines += _floor_lines(report["floor"])
     return "\n".join(lines)
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw MAE against progress through the output."""
-    from matplotlib.figure import Figure
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="share of the output generated", ylabel="MAE (tokens)")
-    for name, result in report["results"].items():
-        errors = [np.nan if e is None else e for e in result["mae_by_progress"]]
-        axes.plot(np.arange(10) / 10 + 0.05, errors, label=name, lw=2.5 if name == "star" else 1)
-    axes.legend()
-    figure.savefig(path)
+
+def _by_source(rows: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{name} {row['mae']:.0f} ({row['requests']})" for name, row in rows.items())
+
+
+def _floor_lines(found: dict[str, Any]) -> list[str]:
+    low, high = found["mae_ci"]
+    quarters = ", ".join("-" if q is None else f"{q:.0f}" for q in found["mae_by_quarter"])
+    lines = [
+        f"floor {found['mae']:.1f} ({low:.1f} - {high:.1f}) from {found['points']} prefixes of "
+        f"{found['requests']} requests, {found['draws']} draws; by quarter of progress {quarters}"
+    ]
+    for name, row in found["predictors"].items():
+        if row["removed"] is None:
+            lines.append(f"  {name:12}{row['mae']:8.1f}")
+            continue
+        low, high = row["removed_ci"]
+        lines.append(
+            f"  {name:12}{row['mae']:8.1f}   removes {row['removed']:.0%} of what can be removed "
+            f"({low:.0%} - {high:.0%})"
+        )
+    return lines

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.samples import Samples
+from sglang_star.protocol import QUANTILE_LEVELS
 
 RESAMPLES: Final = 1000
 PAIRED_SAMPLES: Final = 2000
@@ -23,21 +25,31 @@ def clip(predicted: Array, samples: Samples) -> Array:
     return np.clip(predicted, 0.0, room if predicted.ndim == 1 else room[:, None])
 
 
-def score(predicted: Array, samples: Samples, seed: int = 0) -> dict[str, Any]:
+def errors(predicted: Array, samples: Samples) -> Array:
+    """Absolute error of the point estimate of every sample, tokens."""
+    predicted = clip(predicted, samples)
+    return np.abs((predicted if predicted.ndim == 1 else predicted[:, MEDIAN]) - samples.remaining)
+
+
+def score(
+    predicted: Array, samples: Samples, seed: int = 0, sources: Sequence[str] = ()
+) -> dict[str, Any]:
     """Judge predictions against what happened.
 
     Args:
         predicted: ``[n]`` point estimates, or ``[n, q]`` at ``QUANTILE_LEVELS``, tokens.
         samples: ``n`` samples of requests that all ended.
         seed: of the bootstrap.
+        sources: the source of each request, for the errors by source.
 
     Returns:
         ``mae`` and its 95 % interval over requests, ``mae_per_request`` (every request counts
-        alike), ``mae_by_progress`` (ten tenths of the output), ``spearman``, ``c_index`` and,
-        given quantiles, ``coverage`` of P10-P90.
+        alike), ``mae_by_progress`` (ten tenths of the output), ``mae_by_source``, ``spearman``,
+        ``c_index`` and, given quantiles, ``coverage`` of P10-P90 and what :func:`calibration`
+        finds.
     """
-    predicted = clip(predicted, samples)
-    point = predicted if predicted.ndim == 1 else predicted[:, MEDIAN]
+    clipped = clip(predicted, samples)
+    point = clipped if clipped.ndim == 1 else clipped[:, MEDIAN]
     actual = samples.remaining.astype(np.float64)
     error = np.abs(point - actual)
     low, high = bootstrap(error, samples.request, seed)
@@ -47,23 +59,69 @@ def score(predicted: Array, samples: Samples, seed: int = 0) -> dict[str, Any]:
         "mae_ci": [low, high],
         "mae_per_request": float((np.bincount(samples.request, error) / counts).mean()),
         "mae_by_progress": _by_progress(error, samples),
+        "mae_by_source": _by_source(error, samples, sources, seed),
         "spearman": _correlation(_ranks(point), _ranks(actual)),
         "c_index": concordance(point, actual, samples.censored[samples.request], seed),
         "coverage": None,
     }
     if predicted.ndim == 2:
-        inside = (predicted[:, 0] <= actual) & (actual <= predicted[:, -1])
+        inside = (clipped[:, 0] <= actual) & (actual <= clipped[:, -1])
         result["coverage"] = float(inside.mean())
+        result |= calibration(predicted, samples, seed)
     return result
 
 
-def bootstrap(error: Array, request: Array, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean error when whole requests are drawn again."""
-    sums, counts = np.bincount(request, error), np.bincount(request)
+def calibration(predicted: Array, samples: Samples, seed: int = 0) -> dict[str, Any]:
+    """How often outputs end within each quantile, where ``max_new_tokens`` does not decide it.
+
+    A quantile beyond the limit is neither right nor wrong: the output is cut before. So each level
+    is judged on the samples whose quantile lies below the limit, and the band on those whose P90
+    does; choosing samples by what was predicted leaves a calibrated predictor calibrated.
+
+    Returns:
+        ``calibration``: per level the share of outputs within it and the share of samples judged;
+        ``coverage_below_limit`` of P10-P90, its 95 % interval over requests, and the share judged.
+    """
+    room = samples.max_new_tokens[samples.request] - samples.tokens
+    actual = samples.remaining
+    curve = []
+    for level, quantile in zip(QUANTILE_LEVELS, predicted.T, strict=True):
+        judged = quantile < room
+        share = float((actual <= quantile)[judged].mean()) if judged.any() else None
+        curve.append({"level": level, "within": share, "judged": float(judged.mean())})
+    judged = predicted[:, -1] < room
+    result: dict[str, Any] = {
+        "calibration": curve,
+        "coverage_below_limit": None,
+        "coverage_below_limit_ci": None,
+        "coverage_below_limit_judged": float(judged.mean()),
+    }
+    if judged.any():
+        inside = ((predicted[:, 0] <= actual) & (actual <= predicted[:, -1]))[judged].astype(float)
+        result["coverage_below_limit"] = float(inside.mean())
+        interval = bootstrap(inside, samples.request[judged], seed)
+        result["coverage_below_limit_ci"] = list(interval)
+    return result
+
+
+def paired(error: Array, other: Array, request: Array, seed: int = 0) -> dict[str, Any]:
+    """Mean difference of two predictors' errors on the same samples, with its 95 % interval."""
+    low, high = bootstrap(error - other, request, seed)
+    return {"difference": float((error - other).mean()), "ci": [low, high]}
+
+
+def draws(requests: int, seed: int) -> Array:
+    """How often each request is in each of the bootstrap's resamples, ``[RESAMPLES, requests]``."""
     generator = np.random.default_rng(seed)
-    drawn = generator.integers(0, len(sums), (RESAMPLES, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    return generator.multinomial(requests, np.full(requests, 1 / requests), RESAMPLES)
+
+
+def bootstrap(values: Array, request: Array, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of values when whole requests are drawn again."""
+    _, request = np.unique(request, return_inverse=True)
+    sums, counts = np.bincount(request, values), np.bincount(request)
+    drawn = draws(len(sums), seed)
+    low, high = np.percentile((drawn @ sums) / (drawn @ counts), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -83,6 +141,22 @@ def _by_progress(error: Array, samples: Samples) -> list[float | None]:
     total = samples.output_tokens[samples.request]
     tenth = np.minimum(samples.tokens * 10 // total, 9)
     return [float(error[tenth == i].mean()) if (tenth == i).any() else None for i in range(10)]
+
+
+def _by_source(
+    error: Array, samples: Samples, sources: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    names = np.array(sources)
+    result = {}
+    for name in sorted(set(sources)):
+        rows = (names == name)[samples.request]
+        if rows.any():
+            result[name] = {
+                "mae": float(error[rows].mean()),
+                "mae_ci": list(bootstrap(error[rows], samples.request[rows], seed)),
+                "requests": int((names == name).sum()),
+            }
+    return result
 
 
 def _ranks(values: Array) -> Array:

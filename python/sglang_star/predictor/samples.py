@@ -113,6 +113,11 @@ class Samples:
             pooled=self.pooled[rows],
         )
 
+    def head(self, count: int) -> Samples:
+        """Return the first requests that have ``count`` samples together, or all."""
+        last = self.request[min(count, len(self.request)) - 1]
+        return self.select(np.arange(len(self.rids)) <= last)
+
 
 class ShardWriter:
     """Write requests to a folder, a few at a time.
@@ -212,6 +217,20 @@ def describe(folder: Path) -> tuple[ModelFingerprint, dict[str, Any]]:
         ) from error
     # Paths of the machine that collected say nothing to whoever reads the head.
     return model, manifest | {"model": Path(manifest["model"]).name}
+
+
+def served_model(folder: Path) -> str:
+    """Path of the model that a collection was made with, as it was given then."""
+    return str(json.loads((folder / MANIFEST).read_text())["model"])
+
+
+def read_sources(folder: Path) -> dict[str, str]:
+    """The source of every prompt key, as far as the collection recorded it."""
+    path = folder / SOURCES
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}", hint="delete it") from error
 
 
 def load_samples(folder: Path) -> Samples:

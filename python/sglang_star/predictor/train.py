@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_star.predictor import dataset, metrics
+from sglang_star.predictor import dataset, figures, metrics
 from sglang_star.predictor.baselines import ByAge, PaperHead
-from sglang_star.predictor.fit import Curves, Recipe, fit
+from sglang_star.predictor.fit import Recipe, fit
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
-from sglang_star.predictor.samples import Samples, describe, load_samples
+from sglang_star.predictor.prompts import read_prompts
+from sglang_star.predictor.samples import Samples, describe, load_samples, read_sources
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     model, manifest = describe(args.samples)
-    parts = dataset.split(load_samples(args.samples))
+    parts, _ = load_split(args.samples, args.sources, args.hold_out_source)
     recipe = Recipe(seed=args.seed, width=args.width, epochs=args.epochs)
     weights, curves = fit(parts.fit, recipe)
     card = HeadCard(
         model=args.name or manifest["model"],
         fingerprint=model,
-        provenance=manifest | volume(parts) | {"recipe": dataclasses.asdict(recipe)},
+        provenance=manifest
+        | volume(parts)
+        | {"recipe": dataclasses.asdict(recipe), "held_out_sources": args.hold_out_source},
         metrics={},
     )
     head = Head(card, weights)
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         card.metrics[name] = metrics.score(predicted, parts.test)
     head.save(args.out)
     if args.plot:
-        plot(curves, args.plot)
+        figures.losses(curves.train, curves.held_out, args.plot)
     for name, result in card.metrics.items():
         low, high = result["mae_ci"]
         print(f"{name:8} MAE {result['mae']:7.1f} tokens, 95 % {low:.1f}-{high:.1f}")
@@ -58,8 +61,42 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--width", type=int, default=0, help="projected size [from the data]")
     result.add_argument("--epochs", type=int, default=200, help="at most [200]")
+    result.add_argument(
+        "--hold-out-source",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="do not train on prompts from these sources; they give the head's metrics",
+    )
+    result.add_argument(
+        "--sources", type=Path, metavar="FILE", help="prompt file with sources [the collection's]"
+    )
     result.add_argument("--plot", type=Path, help="figure of the loss curves")
     return result
+
+
+def load_split(
+    folder: Path, prompts: Path | None, hold_out: Sequence[str]
+) -> tuple[dataset.Split, list[str]]:
+    """Read a collection and divide it; also the source of each test request, if any is known.
+
+    Args:
+        folder: the collection; prompts: a prompt file that says where its prompts are from, when
+            the collection does not.
+        hold_out: sources to judge by instead of the ordinary test split.
+
+    Raises:
+        ConfigError: the samples are missing, damaged, or too few; a source is not among them.
+    """
+    sources = (
+        {prompt.key: prompt.source for prompt in read_prompts(prompts)}
+        if prompts
+        else read_sources(folder)
+    )
+    samples = load_samples(folder)
+    held_out = dataset.of_sources(samples, sources, hold_out) if hold_out else None
+    parts = dataset.split(samples, held_out)
+    return parts, dataset.source_of(parts.test, sources) if sources else []
 
 
 def volume(parts: dataset.Split) -> dict[str, Any]:
@@ -82,15 +119,3 @@ def predict(head: Head, samples: Samples) -> Array:
     """Quantiles of every sample as the engine would estimate them, before the limit applies."""
     x = dataset.inputs(samples, head.weights.mean, head.weights.projection)
     return head.quantiles(head.logits(x.now, x.mean, x.first, x.counts))
-
-
-def plot(curves: Curves, path: Path) -> None:
-    """Draw loss against epoch."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel="loss (nats per sample)")
-    axes.plot(curves.train, label="trained on")
-    axes.plot(curves.held_out, label="left out")
-    axes.legend()
-    figure.savefig(path)
