@@ -14,13 +14,15 @@ from sglang_star import __version__
 from sglang_star.config import StarConfig
 from sglang_star.errors import StarError
 from sglang_star.identity import fingerprint_of, host_token
+from sglang_star.migration.arrival import Arrivals
 from sglang_star.migration.batch import PENALTY_LOG
+from sglang_star.migration.guests import Guests
 from sglang_star.migration.links import Links, Order, PeerLost
+from sglang_star.migration.outflow import Outflow
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import Relay
 from sglang_star.migration.report import CLOCK, MoveLog
 from sglang_star.migration.source import Source
-from sglang_star.migration.target import Guests
 from sglang_star.orders import Orders
 from sglang_star.platform import device
 from sglang_star.protocol import (
@@ -81,7 +83,11 @@ class Instance:
         self._log = log
         self._timer = StepTimer()
         self._relay = Relay(scheduler, self._links, timeout_s=config.peer_timeout_s, log=log)
-        self._guests = Guests(scheduler, pages, self._links, self._relay, config, fingerprint)
+        self._guests = Guests(scheduler, pages, self._links, config)
+        self._outflow = Outflow(self._links, self._guests)
+        self._arrivals = Arrivals(
+            scheduler, pages, self._links, self._relay, self._guests, config, fingerprint
+        )
         self._source = Source(
             scheduler,
             pages,
@@ -184,9 +190,9 @@ class Instance:
                 case TokenChunk():
                     self._relay.on_chunk(item)
                 case PagesReady():
-                    self._guests.on_pages(item)
+                    self._arrivals.on_pages(item)
                 case Parked():
-                    self._guests.on_parked(item)
+                    self._arrivals.on_parked(item)
                 case PagesTaken():
                     self._source.on_taken(item)
                 case Heartbeat():
@@ -194,13 +200,13 @@ class Instance:
                     self._relay.on_live(item.sender, live)
                     self._guests.on_live(item.sender, live)
                 case Reserve():
-                    self._guests.on_reserve(item)
+                    self._arrivals.on_reserve(item)
                 case Reserved():
                     self._source.on_reserved(item)
                 case Refused():
                     self._source.on_refused(item)
                 case Commit():
-                    self._guests.on_commit(item)
+                    self._arrivals.on_commit(item)
                 case Inserted():
                     self._on_inserted(item)
                 case Release():
@@ -245,7 +251,7 @@ class Instance:
     @property
     def holds_kv_off_batch(self) -> bool:
         """Whether KV is held that SGLang's accounting does not see."""
-        return any(g.arriving for g in self._guests.by_stream.values()) or any(
+        return bool(self._guests.arriving()) or any(
             move.off_batch for move in self._source.moves.values()
         )
 
@@ -264,13 +270,13 @@ class Instance:
             # SGLang forgets accumulated penalties when it retracts; so must a later move.
             req.__dict__.pop(PENALTY_LOG, None)
             return False
-        return self._guests.rebuilt(req)
+        return self._arrivals.rebuilt(req)
 
     def emit(self, reqs: list[Req]) -> list[Req]:
         """Divert guests' output; return the requests whose clients are ours."""
         own = reqs
         if self._guests.by_rid:
-            own = [req for req in reqs if not self._guests.emit(req)]
+            own = [req for req in reqs if not self._outflow.emit(req)]
         for req in own:
             if CLOCK in req.__dict__:
                 self._log.token(req)
@@ -278,7 +284,7 @@ class Instance:
 
     def aborted(self, rid: str, reason: dict[str, Any] | None) -> bool:
         """SGLang ends a request outside the output stream; True if it was a guest."""
-        return self._guests.aborted_here(rid, reason)
+        return self._outflow.aborted_here(rid, reason)
 
     def abort(self, wanted: Callable[[Req], bool], message: str | None) -> None:
         """A client's abort, for requests that SGLang does not find in its batch."""

@@ -11,11 +11,11 @@ import numpy as np
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_star.migration import codec
+from sglang_star.migration.guests import Guests
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import ESTIMATE, MOVES
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.source import Source
-from sglang_star.migration.target import Guests
 from sglang_star.predictor import runner
 from sglang_star.protocol import InstanceStatus, Peer, RequestStatus
 
@@ -93,7 +93,7 @@ class StatusReporter:
         scheduler = self._scheduler
         running = [self._describe(req, queued=False) for req in self._running()]
         queued = [self._describe(req, queued=True) for req in self._queued()]
-        arriving = [g.req for g in self._guests.by_stream.values() if g.arriving and g.req]
+        arriving = [guest.req for guest in self._guests.arriving() if guest.req]
         return InstanceStatus(
             instance_id=self._peer.instance_id,
             incarnation=self._peer.incarnation,

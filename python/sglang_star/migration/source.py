@@ -9,26 +9,23 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang_star.config import StarConfig
 from sglang_star.errors import NotMovable, OrderRefused, PeerError
 from sglang_star.migration import batch, codec
 from sglang_star.migration.links import Links
+from sglang_star.migration.move import SLOTS, Move
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import MOVES, Relay, Shadow
 from sglang_star.migration.report import MoveLog, clock
-from sglang_star.migration.states import Home, HomeEvent, Machine, home_machine
+from sglang_star.migration.states import Home, HomeEvent
 from sglang_star.migration.transport import carrier as carrier_named
-from sglang_star.migration.transport.base import Carrier
 from sglang_star.predictor.state import export_state
 from sglang_star.protocol import (
     Commit,
     Inserted,
     MigrationMessage,
-    MoveFacts,
-    MoveReport,
     PagesReady,
     PagesTaken,
     Parked,
@@ -47,43 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SLOTS = 4
 SLOT_BYTES = 16 << 20
 MIN_OUTPUT_TOKENS = 2
 """A request moves only once it decodes steadily: SGLang's overlap treats the first steps apart."""
-
-
-@dataclass(slots=True)
-class Move:
-    """One outgoing move.
-
-    Attributes:
-        home: whose stream it is; ourselves unless the request is a guest here.
-        sent: KV positions gathered so far; free_slots: those the target does not read any more.
-        precopied: positions gathered before parking.
-    """
-
-    migration_id: str
-    stream_id: str
-    req: Req
-    client_rid: str
-    home: Peer
-    target: Peer
-    reason: str
-    carrier: Carrier
-    slot_tokens: int
-    step_ms: float
-    machine: Machine[Home, HomeEvent] = field(default_factory=home_machine)
-    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
-    sent: int = 0
-    precopied: int = 0
-    started_at: float = field(default_factory=time.time)
-    deadline: float = 0.0
-
-    @property
-    def off_batch(self) -> bool:
-        """Whether the request is out of the running batch, with its KV still held here."""
-        return self.machine.state in (Home.PARKED, Home.COMMITTED)
 
 
 class Source:
@@ -154,11 +117,13 @@ class Source:
             stream_id=stream_id,
             req=req,
             client_rid=client_rid,
+            source=self._links.peer,
             home=home,
             target=target,
             reason=reason,
             carrier=carrier,
             slot_tokens=slot_tokens,
+            token_bytes=self._pages.token_bytes,
             step_ms=step_ms,
             deadline=time.monotonic() + self._config.move_deadline_s,
         )
@@ -168,7 +133,7 @@ class Source:
         clock(req)
         self._send(
             Reserve(
-                **self._address(move),
+                **move.address,
                 source=self._links.peer,
                 home=home,
                 fingerprint=self._fingerprint,
@@ -240,13 +205,13 @@ class Source:
         if ready - move.sent < max(page, 2) and len(move.free_slots) >= SLOTS - 1:
             move.machine.fire(HomeEvent.PARK)
             batch.park(self._scheduler, move.req)
-            self._send(Parked(**self._address(move), step_ms=move.step_ms), move)
+            self._send(Parked(**move.address, step_ms=move.step_ms), move)
         return copied
 
     def _ship(self, move: Move, end: int) -> None:
         slot = move.free_slots.pop()
         self._pages.gather(move.req, move.sent, end, move.carrier.slot(slot))
-        self._send(PagesReady(**self._address(move), start=move.sent, end=end, slot=slot), move)
+        self._send(PagesReady(**move.address, start=move.sent, end=end, slot=slot), move)
         move.sent = end
 
     def _commit(self, move: Move) -> None:
@@ -260,12 +225,12 @@ class Source:
         move.machine.fire(HomeEvent.COMMIT)
         self._send(
             Commit(
-                **self._address(move),
+                **move.address,
                 committed_tokens=length,
                 output_ids=tuple(req.output_ids),
                 penalty_log=tuple(getattr(req, batch.PENALTY_LOG, ())),
                 predictor=export_state(req),
-                facts=self._facts(move),
+                facts=move.facts(),
             ),
             move,
         )
@@ -343,25 +308,8 @@ class Source:
         del self.moves[move.migration_id]
         move.carrier.close()
         if tell:
-            self._send(Release(**self._address(move), reason=detail), move)
-        self._log.add(
-            MoveReport(
-                migration_id=move.migration_id,
-                rid=move.client_rid,
-                source=self._links.peer.instance_id,
-                target=move.target.instance_id,
-                outcome=outcome,
-                reason=move.reason,
-                detail=detail,
-                context_tokens=move.req.seqlen,
-                precopied_tokens=move.precopied,
-                output_tokens=len(move.req.output_ids),
-                step_ms=move.step_ms,
-                transport_bytes=move.sent * self._pages.token_bytes,
-                started_at=move.started_at,
-                finished_at=time.time(),
-            )
-        )
+            self._send(Release(**move.address, reason=detail), move)
+        self._log.add(move.failed(outcome, detail))
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
 
     # ------------------------------------------------------------------ small things
@@ -376,25 +324,6 @@ class Source:
         self._streams += 1
         peer = self._links.peer
         return f"{peer.instance_id}/{peer.incarnation}/{self._streams}"
-
-    def _facts(self, move: Move) -> MoveFacts:
-        return MoveFacts(
-            source=self._links.peer.instance_id,
-            reason=move.reason,
-            context_tokens=batch.completed_tokens(move.req),
-            precopied_tokens=move.precopied,
-            transport_bytes=move.sent * self._pages.token_bytes,
-            step_ms=move.step_ms,
-            started_at=move.started_at,
-        )
-
-    def _address(self, move: Move) -> dict[str, Any]:
-        return {
-            "migration_id": move.migration_id,
-            "stream_id": move.stream_id,
-            "sender_incarnation": self._links.peer.incarnation,
-            "receiver_incarnation": move.target.incarnation,
-        }
 
     def _send(self, message: MigrationMessage, move: Move) -> None:
         self._links.send(move.target, message)

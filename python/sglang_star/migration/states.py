@@ -127,16 +127,16 @@ OWNER: Final[dict[Home | Target, str]] = {
     _H.FINISHED: "nobody",
     _H.ABORTED: "nobody",
     _H.RECLAIMED: "scheduler",
-    _T.RESERVED: "target",
-    _T.RECEIVING: "target",
-    _T.INSERTED: "target",
-    _T.RUNNING: "target",
+    _T.RESERVED: "arrival",
+    _T.RECEIVING: "arrival",
+    _T.INSERTED: "outflow",
+    _T.RUNNING: "outflow",
     _T.FINISHED: "nobody",
     _T.ABORTED: "nobody",
     _T.CANCELLED: "nobody",
     _T.MOVED_ON: "nobody",
 }
-"""The module whose code may fire an event in this state."""
+"""The module whose code fires the events of this state; ``guests`` cancels and aborts besides."""
 
 State = TypeVar("State", Home, Target)
 Event = TypeVar("Event", HomeEvent, TargetEvent)

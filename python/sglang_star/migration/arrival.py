@@ -1,0 +1,232 @@
+"""The receiving side of a move: reserve, receive, insert."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from sglang_star.config import StarConfig
+from sglang_star.errors import OrderRefused, StarError
+from sglang_star.migration import batch, codec
+from sglang_star.migration.guests import GUEST_PREFIX, Guest, Guests
+from sglang_star.migration.links import Links
+from sglang_star.migration.pages import KvPages
+from sglang_star.migration.relay import MOVES, Relay
+from sglang_star.migration.states import TargetEvent, target_machine
+from sglang_star.migration.transport import carrier as carrier_named
+from sglang_star.predictor.state import import_state
+from sglang_star.protocol import (
+    Commit,
+    Inserted,
+    PagesReady,
+    PagesTaken,
+    Parked,
+    Reserve,
+    Reserved,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+HEADROOM_TOKENS = 64
+"""Free KV a target keeps beyond a guest's context, so that it can decode at all."""
+
+
+class Arrivals:
+    """Moves that come here, until their request decodes."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pages: KvPages,
+        links: Links,
+        relay: Relay,
+        guests: Guests,
+        config: StarConfig,
+        fingerprint: str,
+    ) -> None:
+        self._scheduler = scheduler
+        self._pages = pages
+        self._links = links
+        self._relay = relay
+        self._guests = guests
+        self._config = config
+        self._fingerprint = fingerprint
+
+    def on_reserve(self, message: Reserve) -> None:
+        """Answer ``Reserved`` or ``Refused``."""
+        if message.stream_id in self._guests.by_stream:
+            self._guests.refuse(message, OrderRefused("this stream is already here"))
+            return
+        try:
+            guest = self._admit(message)
+            self._guests.add(guest)
+            if guest.comes_home:
+                self._seat(guest)
+            else:
+                self._rebuild(guest)
+        except StarError as error:
+            self._guests.refuse(message, error)
+
+    def _admit(self, message: Reserve) -> Guest:
+        self._check(message)
+        comes_home = message.home == self._links.peer
+        shadow = self._relay.shadows.get(message.stream_id)
+        if comes_home and shadow is None:
+            raise OrderRefused("the stream has ended at home")
+        now = time.monotonic()
+        return Guest(
+            reserve=message,
+            rid=shadow.req.rid if comes_home and shadow else GUEST_PREFIX + uuid.uuid4().hex,
+            carrier=carrier_named(message.transport).receive(message.transport_setup),
+            deadline=now + self._config.move_deadline_s,
+            confirmed_at=now,
+            comes_home=comes_home,
+            req=shadow.req if comes_home and shadow else None,
+        )
+
+    def _check(self, message: Reserve) -> None:
+        scheduler = self._scheduler
+        if message.fingerprint != self._fingerprint:
+            raise OrderRefused(
+                "another model, dtype, page size, parallelism or release runs here",
+                hint="compare star.fingerprint in both instances' /server_info",
+            )
+        if self._guests.draining:
+            raise OrderRefused("this instance is draining")
+        if len(self._guests.by_stream) >= self._config.max_guests:
+            raise OrderRefused("as many guests as --star-max-guests allows are here")
+        arriving = self._guests.arriving()
+        busy = len(scheduler.running_batch.reqs) + len(arriving)
+        if busy >= scheduler.max_running_requests or not scheduler.req_to_token_pool.free_slots:
+            raise OrderRefused("no request slot is free")
+        promised = sum(guest.reserve.context_tokens for guest in arriving)
+        if self._pages.free - promised < message.context_tokens + HEADROOM_TOKENS:
+            raise OrderRefused(
+                f"KV memory is full: {self._pages.free} tokens free, {promised} of them promised"
+            )
+
+    def _rebuild(self, guest: Guest) -> None:
+        """Let SGLang make a request of the message, as if its own client had sent it."""
+        message = guest.reserve
+        request = codec.decode_request(message.request, message.prompt_ids, guest.rid)
+        self._scheduler.handle_generate_request(request)
+        if guest.req is None and not any(
+            req.rid == guest.rid for req in self._scheduler.grammar_manager.grammar_queue
+        ):
+            raise OrderRefused("the target's SGLang does not accept the request")
+
+    def rebuilt(self, req: Req) -> bool:
+        """SGLang is about to queue ``req``; keep it if it is an arriving guest.
+
+        Returns:
+            False if it is not, so that it is queued as usual.
+        """
+        guest = self._guests.by_rid.get(req.rid)
+        if guest is None:
+            # A guest whose move was cancelled while its grammar compiled.
+            return req.rid.startswith(GUEST_PREFIX)
+        if guest.req is not None:
+            return False
+        guest.req = req
+        if req.to_finish is not None or req.finished():
+            reason = req.to_finish or req.finished_reason
+            self._guests.refuse(guest.reserve, OrderRefused(str(reason.to_json().get("message"))))
+            return True
+        try:
+            self._seat(guest)
+        except StarError as error:
+            self._guests.refuse(guest.reserve, error)
+        return True
+
+    def _seat(self, guest: Guest) -> None:
+        req, message = guest.req, guest.reserve
+        assert req is not None
+        if not self._pages.reserve_row(req):
+            raise OrderRefused("no request slot is free")
+        self._pages.bind_to_root(req)
+        req.sampling_params.max_new_tokens = message.max_new_tokens
+        setattr(req, MOVES, message.moves + (not guest.comes_home))
+        guest.machine = target_machine()
+        self._answer(guest, Reserved(**self._guests.address(message)))
+
+    def on_pages(self, message: PagesReady) -> None:
+        """Copy one slot into KV of our own."""
+        guest = self._guests.by_stream.get(message.stream_id)
+        if guest is None or guest.machine is None or guest.req is None or not guest.arriving:
+            return
+        try:
+            if message.start != guest.req.kv.kv_allocated_len or message.end <= message.start:
+                raise OrderRefused("KV arrived out of order")
+            nbytes = (message.end - message.start) * self._pages.token_bytes
+            source = guest.carrier.slot(message.slot)
+            if nbytes > source.numel():
+                raise OrderRefused("a slot cannot hold that many tokens")
+            if not self._pages.extend(guest.req, message.end):
+                raise OrderRefused("KV memory is full")
+            if self._scheduler.enable_overlap:
+                # A finished request's redundant last step may still write slots we just got.
+                self._scheduler.schedule_stream.wait_stream(self._scheduler.forward_stream)
+            self._pages.scatter(guest.req, message.start, message.end, source)
+        except StarError as error:
+            self._guests.refuse(guest.reserve, error)
+            return
+        guest.machine.fire(TargetEvent.PAGES)
+        self._answer(
+            guest, PagesTaken(**self._guests.address(message), end=message.end, slot=message.slot)
+        )
+
+    def on_parked(self, message: Parked) -> None:
+        """The source finishes its last step of a request that comes here."""
+        guest = self._guests.by_stream.get(message.stream_id)
+        if guest is not None:
+            guest.due = time.monotonic() + 2 * message.step_ms / 1e3
+
+    def on_commit(self, message: Commit) -> None:
+        """Insert the request into the running batch: it decodes here from the next step on."""
+        guest = self._guests.by_stream.get(message.stream_id)
+        if guest is None or guest.reserve.migration_id != message.migration_id:
+            return
+        try:
+            self._insert(guest, message)
+        except StarError as error:
+            self._guests.refuse(guest.reserve, error)
+            return
+        host = self._links.peer
+        inserted: dict[str, Any] = {"host": host, "facts": message.facts}
+        self._answer(guest, Inserted(**self._guests.address(message), **inserted))
+        if guest.comes_home:
+            shadow = self._relay.shadows[message.stream_id]
+            self._relay.returned(shadow, message.migration_id, message.facts)
+            self._guests.forget(guest)
+        elif guest.reserve.home != guest.reserve.source:
+            address = self._guests.address(message, to=guest.reserve.home)
+            self._links.send(guest.reserve.home, Inserted(**address, **inserted))
+
+    def _insert(self, guest: Guest, message: Commit) -> None:
+        req = guest.req
+        if req is None or guest.machine is None or not guest.machine.allows(TargetEvent.COMMIT):
+            raise OrderRefused("commit before the pages")
+        if guest.comes_home:
+            if list(req.output_ids) != list(message.output_ids):
+                raise OrderRefused("home still misses tokens of an earlier host")
+        else:
+            req.output_ids = array("q", message.output_ids)
+            if req.grammar is not None:
+                for token in message.output_ids:
+                    req.grammar.accept_token(token)
+        length = batch.completed_tokens(req)
+        if not length == message.committed_tokens == req.kv.kv_allocated_len:
+            raise OrderRefused("the committed length does not match the KV received")
+        req.kv.kv_committed_len = length
+        guest.base = guest.sent = len(req.output_ids)
+        import_state(req, message.predictor)
+        guest.machine.fire(TargetEvent.COMMIT)
+        guest.carrier.close()
+        batch.unpark(self._scheduler, req, message.penalty_log)
+
+    def _answer(self, guest: Guest, message: Any) -> None:
+        self._links.send(guest.reserve.source, message)

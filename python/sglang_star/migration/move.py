@@ -1,0 +1,95 @@
+"""One outgoing move and what is told of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sglang_star.migration.states import Home, HomeEvent, Machine, home_machine
+from sglang_star.migration.transport.base import Carrier
+from sglang_star.protocol import MoveFacts, MoveReport, Peer
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+SLOTS = 4
+"""Pieces of a carrier: one is filled while others are on their way or being emptied."""
+
+
+@dataclass(slots=True)
+class Move:
+    """One outgoing move.
+
+    Attributes:
+        source: this instance; home: whose stream it is, ourselves unless the request is a guest.
+        slot_tokens: KV positions that a slot holds; token_bytes: size of one.
+        free_slots: those the target does not read any more.
+        sent: KV positions gathered so far; precopied: of these, before parking.
+        deadline: monotonic seconds.
+    """
+
+    migration_id: str
+    stream_id: str
+    req: Req
+    client_rid: str
+    source: Peer
+    home: Peer
+    target: Peer
+    reason: str
+    carrier: Carrier
+    slot_tokens: int
+    token_bytes: int
+    step_ms: float
+    deadline: float
+    machine: Machine[Home, HomeEvent] = field(default_factory=home_machine)
+    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
+    sent: int = 0
+    precopied: int = 0
+    started_at: float = field(default_factory=time.time)
+
+    @property
+    def off_batch(self) -> bool:
+        """Whether the request is out of the running batch, with its KV still held here."""
+        return self.machine.state in (Home.PARKED, Home.COMMITTED)
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """The fields that every message to the target begins with."""
+        return {
+            "migration_id": self.migration_id,
+            "stream_id": self.stream_id,
+            "sender_incarnation": self.source.incarnation,
+            "receiver_incarnation": self.target.incarnation,
+        }
+
+    def facts(self) -> MoveFacts:
+        """What the home cannot know, for its report of a move that came to pass."""
+        return MoveFacts(
+            source=self.source.instance_id,
+            reason=self.reason,
+            context_tokens=self.sent,
+            precopied_tokens=self.precopied,
+            transport_bytes=self.sent * self.token_bytes,
+            step_ms=self.step_ms,
+            started_at=self.started_at,
+        )
+
+    def failed(self, outcome: str, detail: str) -> MoveReport:
+        """The report of a move that did not."""
+        return MoveReport(
+            migration_id=self.migration_id,
+            rid=self.client_rid,
+            source=self.source.instance_id,
+            target=self.target.instance_id,
+            outcome=outcome,
+            reason=self.reason,
+            detail=detail,
+            context_tokens=self.req.seqlen,
+            precopied_tokens=self.precopied,
+            output_tokens=len(self.req.output_ids),
+            step_ms=self.step_ms,
+            transport_bytes=self.sent * self.token_bytes,
+            started_at=self.started_at,
+            finished_at=time.time(),
+        )
