@@ -106,7 +106,7 @@ def test_all_censored_is_refused(tmp_path: Path) -> None:
 
 def test_too_few_requests_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "shard-000000.safetensors", cases.records(30))
-    with pytest.raises(ConfigError, match="at least 10 needed"):
+    with pytest.raises(ConfigError, match="at least 20 needed"):
         dataset.split(load_samples(tmp_path))
 
 

@@ -14,7 +14,7 @@ from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.prompts import split_of
 from sglang_star.predictor.samples import Samples
 
-FEWEST_REQUESTS: Final = 10
+FEWEST_REQUESTS: Final = 20
 """Fewer requests than this in a split and nothing said about it would mean anything."""
 
 

@@ -1,8 +1,8 @@
 """Fitting the distribution head: a small ensemble by cross-validation, then calibration.
 
 Every member leaves out one fold of the requests and stops when that fold gets worse, so all data
-trains and all data judges. The left-out predictions then say which level to read for each
-nominal one.
+trains and all data judges. The folds are drawn several times over. What the members that left a
+request out say about it, together, tells which level to read for each nominal one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from torch.nn import functional
 
 from sglang_star.predictor import dataset, hazard
 from sglang_star.predictor.hazard import Array
-from sglang_star.predictor.head import Weights, budget
+from sglang_star.predictor.head import FEATURES, Weights, budget
 from sglang_star.predictor.samples import Samples
 from sglang_star.protocol import QUANTILE_LEVELS
 
-MEMBERS: Final = 5
+FOLDS: Final = 5
+
+PARTS: Final = ("now", "mean", "first", "counts")
+"""Parts of a member's input: projections latest, mean so far and at prefill; what is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Recipe:
     """Hyperparameters; ``width`` 0 sizes the head from the data.
 
     Attributes:
+        repeats: how often the folds are drawn; five members each.
+        parts: of ``PARTS``, what the members may use.
         input_dropout, inner_dropout, weight_decay: what keeps a few hundred requests from being
             learnt by heart.
         patience: epochs without improvement of its left-out fold after which a member stops.
@@ -36,13 +41,15 @@ class Recipe:
 
     seed: int = 0
     width: int = 0
-    learning_rate: float = 1e-3
-    batch: int = 256
+    learning_rate: float = 3e-3
+    batch: int = 1024
     epochs: int = 200
-    patience: int = 15
-    input_dropout: float = 0.2
-    inner_dropout: float = 0.3
+    patience: int = 12
+    input_dropout: float = 0.4
+    inner_dropout: float = 0.5
     weight_decay: float = 0.1
+    repeats: int = 2
+    parts: tuple[str, ...] = PARTS
 
 
 @dataclass(slots=True)
@@ -107,20 +114,25 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
     center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
     # A feature that never varied was never learnt: it must not act when it varies in service.
     varies = scale > 1e-5 * (1.0 + np.abs(center))
-    gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=varies)
+    gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=varies & _used(recipe, width))
     x = ((x - center) * gain).astype(np.float32)
 
     edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
     exposure, event = targets(samples, edges)
     prior = _prior(exposure, event)
-    fold = generator.permutation(np.arange(requests) % MEMBERS)[samples.request]
-    model = Ensemble(MEMBERS, x.shape[1], inner, prior, recipe)
-    curves = _train(model, x, exposure, event, fold, recipe, quiet)
+    fold = np.stack(
+        [
+            generator.permutation(np.arange(requests) % FOLDS)[samples.request]
+            for _ in range(recipe.repeats)
+        ]
+    )
+    trains = (fold[:, None] != np.arange(FOLDS)[:, None]).reshape(-1, len(x))
+    model = Ensemble(len(trains), x.shape[1], inner, prior, recipe)
+    curves = _train(model, (x, exposure, event), trains, recipe, quiet)
 
     with torch.no_grad():
         model.eval()
-        member_logits = model(torch.tensor(x)).numpy()
-    left_out = member_logits[fold, np.arange(len(fold))]
+        left_out = _left_out(model, x, trains)
     age_edges, age_quantiles = dataset.by_age(samples, np.array(QUANTILE_LEVELS))
     w1, b1, w2, b2 = (p.detach().numpy() for p in (model.w1, model.b1, model.w2, model.b2))
     weights = Weights(
@@ -136,6 +148,21 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
         age_quantiles=age_quantiles,
     )
     return weights, curves
+
+
+def _used(recipe: Recipe, width: int) -> Array:
+    """Which input columns the recipe lets act."""
+    sizes = [width, width, width, FEATURES]
+    return np.repeat([part in recipe.parts for part in PARTS], sizes)
+
+
+def _left_out(model: Ensemble, x: Array, trains: Array, rows: int = 4096) -> Array:
+    """Mean logits of the members that did not train on a sample, ``[n, bins]``."""
+    parts = []
+    for i in range(0, len(x), rows):
+        logits = model(torch.tensor(x[i : i + rows])).numpy()
+        parts.append((logits * ~trains[:, i : i + rows, None]).sum(axis=0))
+    return np.concatenate(parts) / (~trains).sum(axis=0)[:, None]
 
 
 def targets(samples: Samples, edges: Array) -> tuple[Array, Array]:
@@ -165,17 +192,11 @@ def calibrate(logits: Array, edges: Array, samples: Samples) -> Array:
 
 
 def _train(
-    model: Ensemble,
-    x: Array,
-    exposure: Array,
-    event: Array,
-    fold: Array,
-    recipe: Recipe,
-    quiet: bool,
+    model: Ensemble, arrays: tuple[Array, ...], trains: Array, recipe: Recipe, quiet: bool
 ) -> Curves:
-    """Train all members at once; leaves each at its best epoch."""
-    data = tuple(torch.tensor(a) for a in (x, exposure, event))
-    trains = torch.tensor(fold[None] != np.arange(MEMBERS)[:, None]).float()
+    """Train all members at once, each on its rows of ``trains``; leaves each at its best epoch."""
+    data = tuple(torch.tensor(a) for a in arrays)
+    used, members, count = torch.tensor(trains).float(), *trains.shape
     optimizer = torch.optim.AdamW(
         [
             {"params": [model.w1, model.w2], "weight_decay": recipe.weight_decay},
@@ -183,22 +204,22 @@ def _train(
         ],
         lr=recipe.learning_rate,
     )
-    best = torch.full((MEMBERS,), float("inf"))
-    since = torch.zeros(MEMBERS)
+    best = torch.full((members,), float("inf"))
+    since = torch.zeros(members)
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     curves = Curves()
     for epoch in range(recipe.epochs):
         model.train()
         seen = 0.0
-        for rows in torch.randperm(len(x)).split(recipe.batch):
-            loss = _masked(model, data, rows, trains[:, rows]).sum()
+        for rows in torch.randperm(count).split(recipe.batch):
+            loss = _masked(model, data, rows, used[:, rows]).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            seen += float(loss.detach()) * len(rows) / len(x) / MEMBERS
+            seen += float(loss.detach()) * len(rows) / count / members
         model.eval()
         with torch.no_grad():
-            left = _masked(model, data, torch.arange(len(x)), 1.0 - trains)
+            left = _left_out_loss(model, data, 1.0 - used)
         better = left < best
         best = torch.where(better, left, best)
         since = torch.where(better, 0.0, since + 1)
@@ -221,6 +242,16 @@ def _train(
         for name, parameter in model.named_parameters():
             parameter.copy_(kept[name])
     return curves
+
+
+def _left_out_loss(
+    model: Ensemble, data: tuple[Any, ...], mask: torch.Tensor, rows: int = 8192
+) -> torch.Tensor:
+    """:func:`_masked` over all rows, in slices."""
+    weights = torch.stack([part.sum(dim=1) for part in mask.split(rows, dim=1)])
+    chunks = torch.arange(mask.shape[1]).split(rows)
+    losses = torch.stack([_masked(model, data, part, mask[:, part]) for part in chunks])
+    return (losses * weights).sum(dim=0) / weights.sum(dim=0)
 
 
 def _masked(
