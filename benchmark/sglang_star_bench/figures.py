@@ -12,6 +12,7 @@ import numpy as np
 
 from sglang_star_bench.runs import POLICIES
 from sglang_star_bench.simulator.fleet import Fleet
+from sglang_star_bench.simulator.recorder import Recorder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -134,5 +135,21 @@ def decision_time(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def distributions(runs: Sequence[tuple[str, Recorder]], path: Path) -> None:
+    """TTFT, TPOT and ITL of pairs of runs: each pair in one colour, its second run dashed."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    colours = plt.get_cmap("tab10").colors
+    for axis, name in zip(axes, ("ttft", "tpot", "itl"), strict=True):
+        for number, (label, recorder) in enumerate(runs):
+            values, share = getattr(recorder, name).cdf()
+            style = "--" if number % 2 else "-"
+            axis.plot(values, share, style, color=colours[number // 2], label=label)
+        axis.set(xscale="log", xlabel=f"{name.upper()} [ms]", ylabel="share", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -142,23 +142,14 @@ def execute(run: Run, progress: Progress | None = None) -> tuple[dict[str, Any],
 
 def _policies(run: Run, profile: Profile) -> tuple[DispatchPolicy, ReschedulePolicy | None, bool]:
     """Build the policies with the numbers only the fleet knows filled in."""
-    if run.policy in POLICIES:
-        dispatch_name, rescheduler_name, oracle = POLICIES[run.policy]
-    elif "+" in run.policy:
-        dispatch_name, rescheduler_name = run.policy.split("+", 1)
-        oracle = rescheduler_name == "oracle"
-    else:
-        raise ConfigError(
-            f"no policy {run.policy!r}",
-            hint=f"choose from {', '.join(POLICIES)} or DISPATCH+RESCHEDULER",
-        )
-    copy = profile.link_bytes_per_s / profile.kv_bytes
-    star = {"weight_tokens": profile.weight_tokens, "copy_tokens_per_s": copy} | dict(run.star)
+    dispatch_name, rescheduler_name, oracle = parts(run.policy)
+    known = fleet_params(profile)
+    star = known["star"] | dict(run.star)
     params: dict[str, Mapping[str, Any]] = {
         "star": star,
         "oracle": star,
         "reactive": run.reactive,
-        "star-point": {"copy_tokens_per_s": copy} | dict(run.star_point),
+        "star-point": known["star-point"] | dict(run.star_point),
     }
     dispatch = make_dispatch(dispatch_name, **params.get(dispatch_name, {}))
     if rescheduler_name == "off":
@@ -166,4 +157,30 @@ def _policies(run: Run, profile: Profile) -> tuple[DispatchPolicy, ReschedulePol
     return dispatch, make_rescheduler(rescheduler_name, **params.get(rescheduler_name, {})), oracle
 
 
-__all__ = ["POLICIES", "PROFILES", "Run", "execute"]
+def parts(policy: str) -> tuple[str, str, bool]:
+    """Dispatch, rescheduler, and whether true lengths are known.
+
+    Raises:
+        ConfigError: no such policy.
+    """
+    if policy in POLICIES:
+        return POLICIES[policy]
+    if "+" in policy:
+        dispatch, rescheduler = policy.split("+", 1)
+        return dispatch, rescheduler, rescheduler == "oracle"
+    raise ConfigError(
+        f"no policy {policy!r}",
+        hint=f"choose from {', '.join(POLICIES)} or DISPATCH+RESCHEDULER",
+    )
+
+
+def fleet_params(profile: Profile) -> dict[str, dict[str, float]]:
+    """Policy parameters that follow from the hardware, by policy."""
+    copy = profile.link_bytes_per_s / profile.kv_bytes
+    return {
+        "star": {"weight_tokens": profile.weight_tokens, "copy_tokens_per_s": copy},
+        "star-point": {"copy_tokens_per_s": copy},
+    }
+
+
+__all__ = ["POLICIES", "PROFILES", "Run", "execute", "fleet_params", "parts"]

@@ -37,7 +37,8 @@ class FleetConfig:
         prefill: profile of the prefill pool; prefill_instances: how many.
         duration_s: arrivals are taken until then; warmup_s: those before are not judged.
         drain_s: how long to wait for the rest after the last arrival; what is left then failed.
-        max_new_tokens: the limit every client sets; traces do not record it.
+        max_new_tokens: the limit every client sets; traces do not record it. 0: every client
+            sets the true length, as a replay on real engines does.
         status_interval_s, status_delay_s: how often statuses are taken, and how old they are
             when they arrive.
         decision_interval_s: between rescheduling rounds.
@@ -178,13 +179,14 @@ class Fleet:
 
     def _admit_from_trace(self, row: int, prompt: int, length: int) -> None:
         config = self.config
-        length = min(length, config.max_new_tokens)
-        request = self.table.add(f"r{row}", self.now_s, prompt, length, config.max_new_tokens)
+        limit = config.max_new_tokens or length
+        length = min(length, limit)
+        request = self.table.add(f"r{row}", self.now_s, prompt, length, limit)
         self.live[request.rid] = request
         self.recorder.arrived(request)
         # SGLang refuses what could never be admitted even on an idle instance.
         room = max(i.capacity for i in self.instances) - config.reserved_tokens
-        if prompt + min(config.max_new_tokens, config.clip_tokens) > room:
+        if prompt + min(limit, config.clip_tokens) > room:
             self._refuse(request)
             return
         self.router.arrive(request, self.now_s)
