@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -129,3 +130,16 @@ def test_checks_run_all_and_report_failure(
     assert out.index("===== bad =====") < out.index("===== pytest =====")
     assert "got the arguments" in out
     assert err.endswith("star test: failed: bad\n")
+
+
+def commands(node: cli.Group) -> Iterator[cli.Command]:
+    for member in node.members.values():
+        if isinstance(member, cli.Group):
+            yield from commands(member)
+        else:
+            yield member
+
+
+@pytest.mark.parametrize("command", list(commands(cli.STAR)), ids=lambda command: command.module)
+def test_every_command_exists(command: cli.Command) -> None:
+    assert importlib.util.find_spec(command.module) is not None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_star.errors import ConfigError, PeerError
-from sglang_star_bench import migration, overhead
+from sglang_star_bench import kv_copy, migration, overhead
 from sglang_star_bench.engines import Stream
 from sglang_star_bench.migration_stalls import Outcome, Plan, client_stall, summarise
 from sglang_star_bench.overhead import HEAD, OFF, PLAIN, Sample
@@ -113,3 +115,19 @@ def test_variants_differ_in_star_alone() -> None:
 def test_senseless_numbers_are_refused_before_anything_starts(main: Any, words: list[str]) -> None:
     with pytest.raises(ConfigError):
         main(words)
+
+
+def test_kv_copy_measures_and_draws(tmp_path: Path) -> None:
+    words = ["--model", "smollm2-135m", "--tokens", "64", "--page-size", "1", "16", "--rounds", "1"]
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert kv_copy.main([*words, "--device", "cpu", *files]) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row["page_size"] for row in rows] == [1, 16]
+    assert all(row["nbytes"] == 64 * 60 * 384 and row["gather"] > 0 for row in rows)
+    assert (tmp_path / "a.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("words", [["--tokens", "100", "--page-size", "16"], ["--rounds", "0"]])
+def test_kv_copy_refuses_numbers_that_make_no_sense(words: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        kv_copy.main(words)
