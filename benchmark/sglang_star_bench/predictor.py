@@ -1,4 +1,4 @@
-"""``star bench predictor``: what the remaining-length head adds to a decode step."""
+"""``star bench predictor``: what the head adds to a decode step; what its parts are worth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any, Final
 
 from sglang_star.config import PREDICTOR_OFF
 from sglang_star.predictor import head as heads
+from sglang_star.predictor.fit import Recipe
 from sglang_star.predictor.timing import step_ms
+from sglang_star_bench import ablations
 
 WARM_TOKENS: Final = 8
 
@@ -25,6 +27,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", help="also decode with this model, head on and off in turn")
     result.add_argument("--rounds", type=int, default=3, help="engine pairs [3]")
     result.add_argument("--tokens", type=int, default=64, help="decoded per request [64]")
+    result.add_argument(
+        "--ablations",
+        type=Path,
+        metavar="SAMPLES",
+        help="instead: vary the recipe on this folder made by `star predictor collect`",
+    )
+    result.add_argument("--repeats", type=int, default=1, help="ensembles per variant [1]")
     result.add_argument("--json", type=Path)
     result.add_argument("--plot", type=Path)
     return result
@@ -33,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parser().parse_args(argv)
+    if args.ablations:
+        return _ablations(args)
     rows: list[dict[str, Any]] = []
     for path in [args.head] if args.head else sorted(heads.HEADS.glob("*.safetensors")):
         head = heads.load(path)
@@ -55,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json.write_text(json.dumps(rows, indent=2))
     if args.plot:
         plot(rows, args.plot)
+    return 0
+
+
+def _ablations(args: argparse.Namespace) -> int:
+    report = ablations.run(args.ablations, Recipe(repeats=args.repeats))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2))
+    if args.plot:
+        ablations.plot(report, args.plot)
     return 0
 
 

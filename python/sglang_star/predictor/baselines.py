@@ -191,12 +191,13 @@ BASELINES: Final[dict[str, Any]] = {
 }
 
 
-def make(name: str, fit: Samples, seed: int, served: str) -> Baseline:
+def make(name: str, fit: Samples, seed: int, served: str, minutes: float) -> Baseline:
     """Fit one of ``BASELINES``.
 
     Args:
         name: which; fit: the requests to fit on; seed: of everything random.
         served: path of the served model, whose tokenizer the auxiliary model reads text with.
+        minutes: processor time that the auxiliary model may train for.
 
     Raises:
         ConfigError: too few requests, or no tokenizer; SetupError: no text encoder.
@@ -206,7 +207,7 @@ def make(name: str, fit: Samples, seed: int, served: str) -> Baseline:
     # Imported late: it needs transformers, which nothing else here does.
     from sglang_star.predictor.auxiliary import Auxiliary, decoder
 
-    return Auxiliary(fit, seed, decoder(served))
+    return Auxiliary(fit, seed, decoder(served), minutes)
 
 
 class _Normal:

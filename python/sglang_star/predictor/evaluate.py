@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         served = args.model or samples.served_model(folder)
     resamples = resample.read(args.floor) if args.floor else {}
     test = parts.test
-    predicted, costs = predictions(head, parts, served, args.seed, args.only)
+    names = [n for n in baselines.BASELINES if not args.only or n in {*args.only, "by_age"}]
+    make = functools.partial(
+        baselines.make, seed=args.seed, served=served, minutes=args.auxiliary_minutes
+    )
+    predicted, costs = predictions(head, parts, names, make)
     report = {
         "model": manifest["model"],
         "prompts": len({rid.partition("#")[0] for rid in test.rids}),
@@ -104,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--floor", type=Path, metavar="FOLDER", help="made by `star predictor collect --resample`"
     )
+    result.add_argument(
+        "--auxiliary-minutes",
+        type=float,
+        default=15.0,
+        metavar="N",
+        help="processor time for fine-tuning the auxiliary model [15]",
+    )
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", type=Path, help="write the report here")
     result.add_argument("--plot", type=Path, help="figure of errors and calibration")
@@ -137,9 +149,8 @@ def _check_held_out(head: Head, args: argparse.Namespace) -> None:
 def predictions(
     head: Head,
     parts: dataset.Split,
-    served: str,
-    seed: int,
-    only: Sequence[str] | None = None,
+    names: Sequence[str],
+    make: Callable[[str, samples.Samples], baselines.Baseline],
 ) -> tuple[dict[str, Array], dict[str, dict[str, Any]]]:
     """What the head and every baseline, fitted on ``parts.fit``, say about ``parts.test``.
 
@@ -150,11 +161,9 @@ def predictions(
     costs: dict[str, dict[str, Any]] = {
         "star": {"parameters": head.parameters, "ms_per_step": sum(step_ms(head, TIMED_BATCH))}
     }
-    for name in baselines.BASELINES:
-        if only and name not in {*only, "by_age"}:
-            continue
+    for name in names:
         print(f"fitting {name}", flush=True)
-        fitted = baselines.make(name, parts.fit, seed, served)
+        fitted = make(name, parts.fit)
         predicted[name] = fitted.predict(parts.test)
         costs[name] = {"parameters": fitted.parameters, "ms_per_step": _step_ms(fitted, parts.test)}
     return predicted, costs

@@ -8,6 +8,7 @@ request out say about it, together, tells which level to read for each nominal o
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ PARTS: Final = ("now", "mean", "first", "counts")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Hyperparameters; ``width`` 0 sizes the head from the data.
+    """Hyperparameters; ``width`` and ``inner`` 0 size the head from the data.
 
     Attributes:
         repeats: how often the folds are drawn; five members each.
@@ -41,6 +42,7 @@ class Recipe:
 
     seed: int = 0
     width: int = 0
+    inner: int = 0
     learning_rate: float = 3e-3
     batch: int = 1024
     epochs: int = 200
@@ -96,6 +98,48 @@ class Ensemble(torch.nn.Module):
         return torch.baddbmm(self.b2, inner, self.w2)
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Training samples as the members see them, and how they came to be.
+
+    Attributes:
+        mean, projection: of the device half; x: ``[n, inputs]`` float32, standardised.
+        center, gain: of the standardisation; a gain of 0 keeps a column from acting.
+        inner: width of a member's inner layer; trains: ``[members, n]`` who trains on what.
+    """
+
+    mean: Array
+    projection: Array
+    x: Array
+    center: Array
+    gain: Array
+    inner: int
+    trains: Array
+
+    @classmethod
+    def of(cls, samples: Samples, recipe: Recipe) -> Inputs:
+        """Project, standardise and deal into folds."""
+        requests = len(samples.rids)
+        width, inner = budget(samples.hidden.shape[1], requests)
+        width, inner = recipe.width or width, recipe.inner or inner
+        mean, projection = dataset.whiten(samples.hidden, width)
+        x = dataset.columns(dataset.inputs(samples, mean, projection))
+        center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+        # A feature that never varied was never learnt: it must not act when it varies in service.
+        acts = (scale > 1e-5 * (1.0 + np.abs(center))) & _used(recipe, width)
+        gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=acts)
+        generator = np.random.default_rng(recipe.seed)
+        folds = [generator.permutation(np.arange(requests) % FOLDS) for _ in range(recipe.repeats)]
+        trains = np.stack([fold != left for fold in folds for left in range(FOLDS)])
+        x = ((x - center) * gain).astype(np.float32)
+        return cls(mean, projection, x, center, gain, inner, trains[:, samples.request])
+
+    def again(self, samples: Samples) -> torch.Tensor:
+        """Other samples, seen the same way."""
+        x = dataset.columns(dataset.inputs(samples, self.mean, self.projection))
+        return torch.tensor(((x - self.center) * self.gain).astype(np.float32))
+
+
 def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weights, Curves]:
     """Train, calibrate and return a head's tensors.
 
@@ -104,42 +148,19 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
         recipe: hyperparameters and seed.
         quiet: no progress on stderr.
     """
-    generator = np.random.default_rng(recipe.seed)
-    torch.manual_seed(recipe.seed)
-    requests = len(samples.rids)
-    width, inner = budget(samples.hidden.shape[1], requests)
-    width = recipe.width or width
-    mean, projection = dataset.whiten(samples.hidden, width)
-    x = dataset.columns(dataset.inputs(samples, mean, projection))
-    center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-    # A feature that never varied was never learnt: it must not act when it varies in service.
-    varies = scale > 1e-5 * (1.0 + np.abs(center))
-    gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=varies & _used(recipe, width))
-    x = ((x - center) * gain).astype(np.float32)
-
+    inputs = Inputs.of(samples, recipe)
     edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
     exposure, event = targets(samples, edges)
-    prior = _prior(exposure, event)
-    fold = np.stack(
-        [
-            generator.permutation(np.arange(requests) % FOLDS)[samples.request]
-            for _ in range(recipe.repeats)
-        ]
-    )
-    trains = (fold[:, None] != np.arange(FOLDS)[:, None]).reshape(-1, len(x))
-    model = Ensemble(len(trains), x.shape[1], inner, prior, recipe)
-    curves = _train(model, (x, exposure, event), trains, recipe, quiet)
-
+    model, curves = train(inputs, _prior(exposure, event), nll, (exposure, event), recipe, quiet)
     with torch.no_grad():
-        model.eval()
-        left_out = _left_out(model, x, trains)
+        left_out = _left_out(model, inputs)
     age_edges, age_quantiles = dataset.by_age(samples, np.array(QUANTILE_LEVELS))
     w1, b1, w2, b2 = (p.detach().numpy() for p in (model.w1, model.b1, model.w2, model.b2))
     weights = Weights(
-        mean=mean,
-        projection=projection,
-        w1=(w1 * gain[:, None]).astype(np.float32),
-        b1=(b1 - (center * gain) @ w1[:, None]).astype(np.float32),
+        mean=inputs.mean,
+        projection=inputs.projection,
+        w1=(w1 * inputs.gain[:, None]).astype(np.float32),
+        b1=(b1 - (inputs.center * inputs.gain) @ w1[:, None]).astype(np.float32),
         w2=w2,
         b2=b2,
         edges=edges,
@@ -156,13 +177,14 @@ def _used(recipe: Recipe, width: int) -> Array:
     return np.repeat([part in recipe.parts for part in PARTS], sizes)
 
 
-def _left_out(model: Ensemble, x: Array, trains: Array, rows: int = 4096) -> Array:
+def _left_out(model: Ensemble, inputs: Inputs, rows: int = 4096) -> Array:
     """Mean logits of the members that did not train on a sample, ``[n, bins]``."""
+    left = ~inputs.trains
     parts = []
-    for i in range(0, len(x), rows):
-        logits = model(torch.tensor(x[i : i + rows])).numpy()
-        parts.append((logits * ~trains[:, i : i + rows, None]).sum(axis=0))
-    return np.concatenate(parts) / (~trains).sum(axis=0)[:, None]
+    for i in range(0, len(inputs.x), rows):
+        logits = model(torch.tensor(inputs.x[i : i + rows])).numpy()
+        parts.append((logits * left[:, i : i + rows, None]).sum(axis=0))
+    return np.concatenate(parts) / left.sum(axis=0)[:, None]
 
 
 def targets(samples: Samples, edges: Array) -> tuple[Array, Array]:
@@ -191,12 +213,23 @@ def calibrate(logits: Array, edges: Array, samples: Samples) -> Array:
     return np.clip(np.maximum.accumulate(levels), 1e-3, 1 - 1e-3)
 
 
-def _train(
-    model: Ensemble, arrays: tuple[Array, ...], trains: Array, recipe: Recipe, quiet: bool
-) -> Curves:
-    """Train all members at once, each on its rows of ``trains``; leaves each at its best epoch."""
-    data = tuple(torch.tensor(a) for a in arrays)
-    used, members, count = torch.tensor(trains).float(), *trains.shape
+Loss = Callable[..., torch.Tensor]
+"""(output ``[members, n, outputs]``, targets ``[n, ...]`` ...) to ``[members, n]``."""
+
+
+def train(
+    inputs: Inputs,
+    prior: Array,
+    loss: Loss,
+    targets: tuple[Array, ...],
+    recipe: Recipe,
+    quiet: bool = False,
+) -> tuple[Ensemble, Curves]:
+    """Train an ensemble, each member on its samples, and leave each at its best epoch."""
+    torch.manual_seed(recipe.seed)
+    data = tuple(torch.tensor(a) for a in (inputs.x, *targets))
+    used, members, count = torch.tensor(inputs.trains).float(), *inputs.trains.shape
+    model = Ensemble(members, inputs.x.shape[1], inputs.inner, prior, recipe)
     optimizer = torch.optim.AdamW(
         [
             {"params": [model.w1, model.w2], "weight_decay": recipe.weight_decay},
@@ -212,14 +245,14 @@ def _train(
         model.train()
         seen = 0.0
         for rows in torch.randperm(count).split(recipe.batch):
-            loss = _masked(model, data, rows, used[:, rows]).sum()
+            found = _masked(model, loss, data, rows, used[:, rows]).sum()
             optimizer.zero_grad()
-            loss.backward()
+            found.backward()
             optimizer.step()
-            seen += float(loss.detach()) * len(rows) / count / members
+            seen += float(found.detach()) * len(rows) / count / members
         model.eval()
         with torch.no_grad():
-            left = _left_out_loss(model, data, 1.0 - used)
+            left = _left_out_loss(model, loss, data, 1.0 - used)
         better = left < best
         best = torch.where(better, left, best)
         since = torch.where(better, 0.0, since + 1)
@@ -241,23 +274,27 @@ def _train(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(kept[name])
-    return curves
+    return model.eval(), curves
 
 
 def _left_out_loss(
-    model: Ensemble, data: tuple[Any, ...], mask: torch.Tensor, rows: int = 8192
+    model: Ensemble, loss: Loss, data: tuple[Any, ...], mask: torch.Tensor, rows: int = 8192
 ) -> torch.Tensor:
     """:func:`_masked` over all rows, in slices."""
     weights = torch.stack([part.sum(dim=1) for part in mask.split(rows, dim=1)])
     chunks = torch.arange(mask.shape[1]).split(rows)
-    losses = torch.stack([_masked(model, data, part, mask[:, part]) for part in chunks])
+    losses = torch.stack([_masked(model, loss, data, part, mask[:, part]) for part in chunks])
     return (losses * weights).sum(dim=0) / weights.sum(dim=0)
 
 
 def _masked(
-    model: Ensemble, data: tuple[Any, ...], rows: torch.Tensor, mask: torch.Tensor
+    model: Ensemble,
+    loss: Loss,
+    data: tuple[Any, ...],
+    rows: torch.Tensor,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
     """Mean loss of each member over the rows of its mask, ``[members]``."""
-    x, exposure, event = (part[rows] for part in data)
-    losses = nll(model(x), exposure, event)
+    x, *targets = (part[rows] for part in data)
+    losses = loss(model(x), *targets)
     return (losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)

@@ -200,5 +200,5 @@ def budget(hidden_size: int, requests: int) -> tuple[int, int]:
     The number of requests, not of samples, bounds what can be learnt: samples of one request
     share one outcome.
     """
-    width = min(256, hidden_size, max(16, 8 * round(math.sqrt(requests) / 4)))
+    width = min(64, hidden_size, max(16, 8 * round(math.sqrt(requests) / 12)))
     return width, max(32, width)

@@ -1,0 +1,171 @@
+"""``star bench predictor --ablations SAMPLES``: what each part of the head's recipe is worth.
+
+Every variant is fitted on the requests that the head is fitted on, or fewer, and judged on the same
+held-back ones. The recorder sees the last layer only, so which layer is not among the variants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from sglang_star.predictor import dataset, fit, metrics
+from sglang_star.predictor.fit import Recipe
+from sglang_star.predictor.hazard import Array
+from sglang_star.predictor.head import Head, HeadCard
+from sglang_star.predictor.samples import Samples, describe, load_samples
+from sglang_star.predictor.train import predict
+
+FULL: Final = "full"
+NAME: Final = "ablation"
+
+Predict = Callable[[Samples], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One change to the recipe.
+
+    Attributes:
+        group: what is varied; name: how.
+        recipe: hyperparameters; interval: output tokens between two labels.
+        share: every how many-th request is fitted on; point: absolute error instead of survival.
+    """
+
+    group: str
+    name: str
+    recipe: Recipe
+    interval: int = 0
+    share: int = 1
+    point: bool = False
+
+    def samples(self, samples: Samples) -> Samples:
+        """What this variant is fitted on."""
+        chosen = samples.select(np.arange(len(samples.rids)) % self.share == 0)
+        return dataset.thinned(chosen, self.interval) if self.interval else chosen
+
+
+def variants(base: Recipe) -> Iterator[Variant]:
+    """The recipe as it is, then every change to it."""
+
+    def change(group: str, name: str, **changes: Any) -> Variant:
+        return Variant(group, name, dataclasses.replace(base, **changes))
+
+    yield Variant("", FULL, base)
+    for width in (8, 16, 32, 64):
+        yield change("width", f"projection to {width}", width=width)
+    for inner in (8, 128):
+        yield change("width", f"inner layer of {inner}", inner=inner)
+    yield change("features", "no hidden state", parts=("counts",))
+    yield change("features", "no counts", parts=("now", "mean", "first"))
+    yield change("fusion", "latest state only", parts=("now", "counts"))
+    yield change("fusion", "latest and mean", parts=("now", "mean", "counts"))
+    yield change("fusion", "latest and first", parts=("now", "first", "counts"))
+    yield Variant("loss", "absolute error of a point", base, point=True)
+    yield change("dropout", "a quarter of it", input_dropout=0.1, inner_dropout=0.125)
+    for interval in (40, 80):
+        yield Variant("interval", f"a label every {interval}", base, interval=interval)
+    for share in (8, 4, 2):
+        yield Variant("size", f"1/{share} of the requests", base, share=share)
+
+
+def run(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Fit and judge every variant; a line on the terminal for each.
+
+    Raises:
+        ConfigError: the folder holds no usable collection.
+    """
+    fingerprint, manifest = describe(folder)
+    parts = dataset.split(load_samples(folder))
+    rows: list[dict[str, Any]] = []
+    reference = np.zeros(0)
+    card = HeadCard(model=NAME, fingerprint=fingerprint, provenance={}, metrics={})
+    for variant in variants(recipe):
+        samples = variant.samples(parts.fit)
+        fitted = _point(samples, variant.recipe) if variant.point else _head(samples, variant, card)
+        predicted = fitted(parts.test)
+        error = metrics.errors(predicted, parts.test)
+        if variant.name == FULL:
+            reference = error
+        result = metrics.score(predicted, parts.test)
+        kept = ("mae", "mae_ci", "c_index", "coverage", "coverage_below_limit")
+        rows.append(
+            {"group": variant.group, "name": variant.name, "requests": len(samples.rids)}
+            | {name: result.get(name) for name in kept}
+            | {"minus_full": metrics.paired(error, reference, parts.test.request)}
+        )
+        print(describe_row(rows[-1]), flush=True)
+    return {
+        "model": manifest["model"],
+        "fit_requests": len(parts.fit.rids),
+        "test_requests": len(parts.test.rids),
+        "recipe": dataclasses.asdict(recipe),
+        "rows": rows,
+    }
+
+
+def _head(samples: Samples, variant: Variant, card: HeadCard) -> Predict:
+    """The head as `star predictor train` fits it."""
+    weights, _ = fit.fit(samples, variant.recipe, quiet=True)
+    head = Head(card, weights)
+    return lambda test: predict(head, test)
+
+
+def _point(samples: Samples, recipe: Recipe) -> Predict:
+    """The same inputs and networks, fitted to the length itself by its absolute error."""
+    samples = dataset.known(samples)
+    inputs = fit.Inputs.of(samples, recipe)
+    unit = float(samples.remaining.mean())
+    target = (samples.remaining / unit).astype(np.float32)
+    prior = np.array([np.log(np.median(target))])
+    model, _ = fit.train(inputs, prior, _absolute, (target,), recipe, quiet=True)
+
+    def predict_point(test: Samples) -> Array:
+        with torch.no_grad():
+            out = _length(model(inputs.again(test))).mean(dim=0)
+        return np.asarray(out.numpy() * unit, np.float64)
+
+    return predict_point
+
+
+def _length(out: torch.Tensor) -> torch.Tensor:
+    return out[..., 0].clamp(max=8.0).exp()
+
+
+def _absolute(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (_length(out) - target).abs()
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """One variant as text."""
+    low, high = row["minus_full"]["ci"]
+    change = f"{row['minus_full']['difference']:+7.1f} ({low:+.1f} to {high:+.1f})"
+    return (
+        f"{row['group']:9} {row['name']:26} {row['requests']:5} requests  MAE {row['mae']:6.1f}"
+        f"{'' if row['name'] == FULL else '  ' + change}"
+    )
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draw the error of every variant less that of the whole recipe, with paired intervals."""
+    from matplotlib.figure import Figure
+
+    rows: Sequence[dict[str, Any]] = [row for row in report["rows"] if row["name"] != FULL]
+    figure = Figure(figsize=(8, 0.3 * len(rows) + 1.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="MAE less the whole recipe's (tokens), paired 95 % interval")
+    for place, row in enumerate(reversed(rows)):
+        low, high = row["minus_full"]["ci"]
+        axes.plot([low, high], [place, place], color="C0")
+        axes.plot(row["minus_full"]["difference"], place, "o", color="C0")
+    labels = [f"{row['group']}: {row['name']}" for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.axvline(0, color="grey", lw=0.8)
+    full = report["rows"][0]
+    axes.set_title(f"{report['model']}: whole recipe {full['mae']:.1f} tokens")
+    figure.savefig(path, dpi=110)
