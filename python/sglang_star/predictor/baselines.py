@@ -1,11 +1,15 @@
 """What the head is compared with; each is fitted on the same requests and sees the same samples.
 
 A baseline is fitted by its constructor and then predicts remaining tokens, ``[n]`` or ``[n, q]``.
+An output cut by ``max_new_tokens`` counts with that length, since predictions are limited to what
+it leaves when they are judged; one cut by the end of the collection is a lower bound to those that
+can use one and is left out by the others.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
@@ -14,7 +18,6 @@ from torch import nn
 
 from sglang_star.predictor import dataset
 from sglang_star.predictor.hazard import Array
-from sglang_star.predictor.prompts import split_of
 from sglang_star.predictor.samples import Samples
 from sglang_star.protocol import QUANTILE_LEVELS
 
@@ -46,7 +49,7 @@ class ConstantMedian:
 
 
 class ByAge:
-    """Quantiles of remaining length given only tokens so far."""
+    """Quantiles of remaining length given only tokens so far; the point estimate is the median."""
 
     def __init__(self, fit: Samples, seed: int) -> None:
         self._edges, self._table = dataset.by_age(fit, np.array(QUANTILE_LEVELS))
@@ -78,12 +81,12 @@ class AgeMean:
 
 
 class LinearProbe:
-    """Ridge regression from the hidden state to the remaining length."""
+    """Ridge regression from the hidden state to the remaining length or its logarithm."""
 
     def __init__(self, fit: Samples, seed: int) -> None:
+        fit = dataset.known(fit)
         x, y = _hidden(fit), fit.remaining.astype(np.float64)
-        validation = _validation(fit)[fit.request]
-        self._model = _best_ridge(x, y, validation, fit.request)
+        self._model = _best_ridge(x, y, dataset.validation(fit)[fit.request])
         self.parameters = x.shape[1] + 1
 
     def predict(self, samples: Samples) -> Array:
@@ -92,16 +95,17 @@ class LinearProbe:
 
 
 class PromptOnly:
-    """Ridge regression from the prompt's last hidden state to the total length."""
+    """Ridge regression from the prompt's last hidden state to the total length or its logarithm."""
 
     def __init__(self, fit: Samples, seed: int) -> None:
-        x, y = self._inputs(fit), np.log1p(fit.output_tokens.astype(np.float64))
-        self._model = _best_ridge(x, y, _validation(fit), np.arange(len(y)))
+        fit = dataset.known(fit)
+        x, y = self._inputs(fit), fit.output_tokens.astype(np.float64)
+        self._model = _best_ridge(x, y, dataset.validation(fit))
         self.parameters = x.shape[1] + 1
 
     def predict(self, samples: Samples) -> Array:
         """Total as seen from the prompt, less what is out already."""
-        total = np.expm1(np.clip(self._model(self._inputs(samples)), 0.0, 20.0))
+        total = self._model(self._inputs(samples))
         return np.asarray(total[samples.request] - samples.tokens)
 
     @staticmethod
@@ -114,6 +118,7 @@ class PaperHead:
     """The paper's head: ``d -> 2048 -> 512 -> 64 -> 1``, ReLU, L1 loss."""
 
     def __init__(self, fit: Samples, seed: int) -> None:
+        fit = dataset.known(fit)
         sizes = (fit.hidden.shape[1], 2048, 512, 64, 1)
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
@@ -128,7 +133,7 @@ class PaperHead:
             self._net,
             torch.tensor(self._norm(_hidden(fit)), dtype=torch.float32),
             lambda out, rows: (out[:, 0] - target[rows]).abs(),
-            _validation(fit)[fit.request],
+            dataset.validation(fit)[fit.request],
         )
 
     def predict(self, samples: Samples) -> Array:
@@ -143,6 +148,7 @@ class Trail:
 
     def __init__(self, fit: Samples, seed: int) -> None:
         torch.manual_seed(seed)
+        fit = dataset.known(fit)
         width = fit.hidden.shape[1]
         self._net = nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, self.BINS))
         self.parameters = sum(p.numel() for p in self._net.parameters())
@@ -153,7 +159,7 @@ class Trail:
             self._net,
             torch.tensor(self._norm(_hidden(fit)), dtype=torch.float32),
             lambda out, rows: nn.functional.cross_entropy(out, target[rows], reduction="none"),
-            _validation(fit)[fit.request],
+            dataset.validation(fit)[fit.request],
         )
 
     def predict(self, samples: Samples) -> Array:
@@ -221,34 +227,42 @@ class _Normal:
 
 
 class _Ridge:
-    """Closed-form ridge regression on standardised inputs."""
+    """Closed-form ridge regressions of several targets with several penalties on one input."""
 
-    def __init__(self, x: Array, y: Array, ridge: float) -> None:
-        self._norm, self._mean = _Normal(x), y.mean()
-        z = self._norm(x)
-        gram = z.T @ z + ridge * np.eye(z.shape[1])
-        self._weights = np.linalg.solve(gram, z.T @ (y - self._mean))
+    def __init__(self, x: Array) -> None:
+        self._norm = _Normal(x)
+        self._z = self._norm(x)
+        self._values, self._vectors = np.linalg.eigh(self._z.T @ self._z)
 
-    def __call__(self, x: Array) -> Array:
-        return np.asarray(self._norm(x) @ self._weights + self._mean)
+    def fit(self, y: Array, ridge: float) -> Callable[[Array], Array]:
+        """Return the predictor of ``y`` that this penalty gives."""
+        mean, norm = y.mean(), self._norm
+        along = self._vectors.T @ (self._z.T @ (y - mean))
+        weights = self._vectors @ (along / (self._values + ridge))
+        return lambda x: np.asarray(norm(x) @ weights + mean)
 
 
-def _best_ridge(x: Array, y: Array, validation: Array, request: Array) -> _Ridge:
-    """Choose the penalty on validation requests, then fit on everything."""
+def _best_ridge(x: Array, y: Array, validation: Array) -> Callable[[Array], Array]:
+    """Choose penalty and scale of the target on validation requests, then fit on everything."""
 
-    def loss(ridge: float) -> float:
-        model = _Ridge(x[~validation], y[~validation], ridge)
-        return float(np.abs(model(x[validation]) - y[validation]).mean())
+    def model(inputs: _Ridge, y: Array, ridge: float, log: bool) -> Callable[[Array], Array]:
+        if not log:
+            return inputs.fit(y, ridge)
+        fitted = inputs.fit(np.log1p(y), ridge)
+        return lambda x: np.expm1(np.clip(fitted(x), 0.0, 20.0))
 
-    return _Ridge(x, y, min(RIDGES, key=loss))
+    some = _Ridge(x[~validation])
+
+    def loss(choice: tuple[float, bool]) -> float:
+        fitted = model(some, y[~validation], *choice)
+        return float(np.abs(fitted(x[validation]) - y[validation]).mean())
+
+    best = min(itertools.product(RIDGES, (False, True)), key=loss)
+    return model(_Ridge(x), y, *best)
 
 
 def _hidden(samples: Samples) -> Array:
     return samples.hidden.astype(np.float64)
-
-
-def _validation(samples: Samples) -> Array:
-    return np.array([split_of(rid) == "validation" for rid in samples.rids])
 
 
 def _forward(net: nn.Module, x: Array) -> Array:

@@ -45,7 +45,7 @@ class Recipe:
     inner: int = 0
     learning_rate: float = 3e-3
     batch: int = 1024
-    epochs: int = 200
+    epochs: int = 120
     patience: int = 12
     input_dropout: float = 0.4
     inner_dropout: float = 0.5

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--name", help="model name to record [folder name of the model]")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--width", type=int, default=0, help="projected size [from the data]")
-    result.add_argument("--epochs", type=int, default=200, help="at most [200]")
+    result.add_argument("--epochs", type=int, default=120, help="at most [120]")
     result.add_argument(
         "--hold-out-source",
         nargs="+",
