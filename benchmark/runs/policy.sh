@@ -5,9 +5,10 @@
 #   benchmark/runs/policy.sh TRACES OUT [PART...]
 #
 # TRACES holds servegen_r1_long3h.parquet and azure2023_conv.parquet under the names below; OUT
-# receives JSON and figures. Parts: small fleets cards chat sustain sensitivity timing (default all).
+# receives JSON and figures. Parts: small queued scenarios sensitivity timing sustain chat fleets
+# cards (default all).
 set -eu
-[ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 traces=$1 out=$2
 shift 2
 mkdir -p "$out"
@@ -46,11 +47,20 @@ sensitivity() {
     for delay in 0.5 2; do grid "delay-$delay" $star --status-delay "$delay"; done
     for every in 0.25 4; do grid "interval-$every" $star --decision-interval "$every"; done
     for gbps in 10 1; do grid "link-$gbps" $star --link-gbps "$gbps"; done
-    for mix in 24gb-7b,24gb-7b,24gb-7b,24gb-7b*2; do
-        grid half-speed --trace "$long" --decode 8 --profile "$mix" --loads 0.6,0.9,1.3 --seeds 3 $slow
+    grid half-speed --trace "$long" --decode 8 --profile "24gb-7b,24gb-7b,24gb-7b,24gb-7b*2" \
+        --loads 0.6,0.9,1.3 --seeds 3 $slow
+}
+scenarios() { # what could break it
+    for name in all-short all-max adversarial dominant-client flash-crowd; do
+        grid "scenario-$name" --scenario "$name" --trace "$long" --decode 8 \
+            --loads 0.6,0.9,1.3 --seeds 3 $slow
     done
+}
+queued() { # every policy behind star's queue at the router
+    grid queued --trace "$long" --decode 8 --loads 0.6,0.9,1.3 --seeds 3 $slow --policy \
+        queued-round-robin+off,queued-least-requests+off,queued-least-tokens+off,queued-least-tokens+reactive,queued-least-tokens+star,star+off,star
 }
 timing() { bench --decision-time 4,8,32,64,128,256 --json "$out/decision.json" --plot "$out/decision.png"; }
 
-[ $# -gt 0 ] || set -- small fleets cards chat sustain sensitivity timing
+[ $# -gt 0 ] || set -- small queued scenarios sensitivity timing sustain chat fleets cards
 for part in "$@"; do "$part"; done

@@ -11,8 +11,9 @@ from typing import Any
 
 from sglang_star.errors import ConfigError
 from sglang_star.platform.profile import PROFILES
-from sglang_star_bench import traces
+from sglang_star_bench import scenarios, traces
 from sglang_star_bench.runs import POLICIES
+from sglang_star_bench.scenarios import SCENARIOS
 from sglang_star_bench.simulator.emulated import SHIPPED_CURVE, ErrorCurve
 from sglang_star_bench.traces import Trace
 
@@ -24,6 +25,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="parquet (arrival_s, input_len, output_len), or an Azure, BurstGPT, ServeGen or "
         "Mooncake file; default: a synthetic reasoning trace",
+    )
+    parser.add_argument(
+        "--scenario",
+        metavar="NAME",
+        help=f"rewrite the trace into what could break a policy: {', '.join(SCENARIOS)}",
     )
     parser.add_argument(
         "--profile",
@@ -117,9 +123,10 @@ def _groups(settings: list[str]) -> dict[str, dict[str, Any]]:
     return groups
 
 
-def read_trace(path: str | None) -> Trace:
-    """The trace asked for, or the synthetic one."""
-    return traces.load(path) if path else traces.synthetic(0)
+def read_trace(path: str | None, scenario: str | None = None) -> Trace:
+    """The trace asked for, or the synthetic one, rewritten if a scenario is named."""
+    trace = traces.load(path) if path else traces.synthetic(0)
+    return scenarios.apply(scenario, trace) if scenario else trace
 
 
 def policy_names(given: list[str] | None) -> list[str]:

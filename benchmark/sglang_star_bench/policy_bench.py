@@ -78,7 +78,7 @@ def _grid(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All policies x fleet sizes x loads x seeds; the file is rewritten after every row."""
     rows = _kept(args)
     have = {(r["policy"], r["instances"], r["asked_load"], r["seed"]) for r in rows}
-    trace, common = arguments.read_trace(args.trace), arguments.common_run(args)
+    trace, common = arguments.read_trace(args.trace, args.scenario), arguments.common_run(args)
     names = arguments.policy_names(args.policy)
     points = [
         (decode, load, name, seed)
@@ -111,7 +111,7 @@ def _kept(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _sustainable(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Highest sustainable rate by policy, fleet size, attainment and seed."""
-    trace, common = arguments.read_trace(args.trace), arguments.common_run(args)
+    trace, common = arguments.read_trace(args.trace, args.scenario), arguments.common_run(args)
     for decode in _numbers(args.decode, int):
         for wanted in _numbers(args.sustainable, float):
             for name in arguments.policy_names(args.policy):

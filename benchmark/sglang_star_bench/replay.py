@@ -66,12 +66,13 @@ async def _one(
     await asyncio.sleep(started + arrival - time.time())
     prompt, length = int(trace.input_len[row]), int(trace.output_len[row])
     chance = random.Random(seed * 1_000_003 + row)
+    rid = f"replay-{seed}-{row}-{started:.0f}-"
     body = {
         "input_ids": chance.choices(TOKEN_IDS, k=prompt),
         "sampling_params": greedy(length),
-        "rid": f"replay-{seed}-{row}-{started:.0f}-",
+        "rid": rid,
     }
-    request = Request(body["rid"], row, arrival, prompt, length, length)
+    request = Request(rid, row, arrival, prompt, length, length)
     recorder.arrived(request)
     stream = Stream()
     sent = time.time()

@@ -151,7 +151,8 @@ def _policies(run: Run, profile: Profile) -> tuple[DispatchPolicy, ReschedulePol
         "reactive": run.reactive,
         "star-point": known["star-point"] | dict(run.star_point),
     }
-    dispatch = make_dispatch(dispatch_name, **params.get(dispatch_name, {}))
+    kind = "star" if dispatch_name.startswith("queued-") else dispatch_name
+    dispatch = make_dispatch(dispatch_name, **params.get(kind, {}))
     if rescheduler_name == "off":
         return dispatch, None, oracle
     return dispatch, make_rescheduler(rescheduler_name, **params.get(rescheduler_name, {})), oracle

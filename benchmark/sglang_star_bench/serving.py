@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recorders: list[tuple[str, Recorder]] = []
     with tempfile.TemporaryDirectory() as logs, Cluster(cluster(args), Path(logs)) as running:
         for name in policies:
-            running.replace_router(**routing(name, profile))
+            running.replace_router(**routing(name, args, profile))
             recorder = Recorder(args.ttft_slo, args.tpot_slo, args.warmup)
             wall_s = asyncio.run(replay(running.url, trace, recorder, args.seed))
             twin = simulate(args, name, profile, trace)
@@ -161,10 +161,17 @@ def reserve(args: argparse.Namespace) -> int:
     return max(1, round(RESERVED_TOKENS / args.shrink))
 
 
-def routing(policy: str, profile: Profile) -> dict[str, Any]:
+def params(args: argparse.Namespace, profile: Profile) -> dict[str, dict[str, float]]:
+    """What the policies must know of this fleet."""
+    known = fleet_params(profile)
+    known["star"] |= {"reserved_tokens": reserve(args), "tpot_slo_ms": args.tpot_slo}
+    return known
+
+
+def routing(policy: str, args: argparse.Namespace, profile: Profile) -> dict[str, Any]:
     """Fields of a cluster's specification that make its router follow ``policy``."""
     dispatch, rescheduler, _ = parts(policy)
-    known = fleet_params(profile)
+    known = params(args, profile)
     words = ["--decode-policy", dispatch, "--rescheduler-interval", str(DECISION_S)]
     for name, value in known.get(dispatch, {}).items():
         words += ["--policy-param", f"{name}={value}"]
@@ -177,7 +184,7 @@ def routing(policy: str, profile: Profile) -> dict[str, Any]:
 def simulate(args: argparse.Namespace, policy: str, profile: Profile, trace: Trace) -> Recorder:
     """The same requests and policy in the simulator."""
     dispatch, rescheduler, _ = parts(policy)
-    known = fleet_params(profile)
+    known = params(args, profile)
     config = FleetConfig(
         decode=(profile,) * args.decode,
         prefill=find(args.paced),

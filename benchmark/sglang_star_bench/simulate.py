@@ -63,7 +63,7 @@ def _runs(args: argparse.Namespace) -> list[Run]:
     common = arguments.common_run(args)
     if args.plot:
         common["config"]["timeline"] = True
-    trace = arguments.read_trace(args.trace)
+    trace = arguments.read_trace(args.trace, args.scenario)
     return [
         Run(
             policy=name,

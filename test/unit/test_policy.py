@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_star.errors import ConfigError
-from sglang_star_router.policy.holding import retry_order
+from sglang_star_router.policy.holding import retry_order, with_room
+from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.registry import (
     DISPATCH_NAMES,
     RESCHEDULER_NAMES,
     make_dispatch,
     make_rescheduler,
 )
+from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.snapshot import Arrival, FleetSnapshot, Instances, Placed, Requests
 
 CAPACITY = 40_000
@@ -147,7 +149,8 @@ def test_results_do_not_depend_on_the_order_of_the_input(
 def test_dispatch_goes_only_where_it_is_accepted(snapshot: FleetSnapshot, name: str) -> None:
     placement = make_dispatch(name).place(snapshot, arrival, 0)
     if placement.instance is None:
-        assert name == "star" or not snapshot.instances.accepts.any()
+        holds = name == "star" or name.startswith("queued-")
+        assert holds or not snapshot.instances.accepts.any()
     else:
         assert snapshot.instances.accepts[snapshot.instances.ids.index(placement.instance)]
 
@@ -353,3 +356,21 @@ def test_unknown_names_and_parameters_are_refused() -> None:
         make_rescheduler("star", risk_sigma="high")
     with pytest.raises(ConfigError, match="at least 0"):
         make_rescheduler("star", risk_sigma=float("nan"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(fleets, st.integers(0, 5))
+def test_a_queued_policy_chooses_among_those_with_room(
+    snapshot: FleetSnapshot, sequence: int
+) -> None:
+    room = with_room(sane(snapshot), arrival, StarParams())
+    for name in ("round-robin", "least-requests", "least-tokens"):
+        placement = make_dispatch(f"queued-{name}").place(snapshot, arrival, sequence)
+        if room.any():
+            assert placement.instance is not None
+            assert room[snapshot.instances.ids.index(placement.instance)]
+        else:
+            assert placement.instance is None
+        if room.all():
+            plain = make_dispatch(name).place(snapshot, arrival, sequence)
+            assert placement.instance == plain.instance

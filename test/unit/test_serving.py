@@ -40,7 +40,7 @@ def test_a_policy_that_knows_the_future_is_refused() -> None:
 
 @pytest.mark.parametrize("policy", serving.DEFAULT_POLICIES)
 def test_the_router_understands_how_it_is_asked_to_follow_a_policy(policy: str) -> None:
-    spec = serving.routing(policy, PROFILE)
+    spec = serving.routing(policy, serving.parser().parse_args([]), PROFILE)
     config = parse_args(
         [
             "--pd-disaggregation",

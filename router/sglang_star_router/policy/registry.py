@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_star.errors import ConfigError
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
+from sglang_star_router.policy.holding import Queued
 from sglang_star_router.policy.params import (
     ReactiveParams,
     StarParams,
@@ -20,7 +21,6 @@ from sglang_star_router.policy.star_moves import StarMoves
 from sglang_star_router.policy.star_point import StarPoint
 from sglang_star_router.policy.static import LeastRequests, LeastTokens, RoundRobin
 
-DISPATCH_NAMES = ("round-robin", "least-requests", "least-tokens", "star")
 RESCHEDULER_NAMES = ("reactive", "star-point", "star", "oracle")
 
 _STATIC: dict[str, Callable[[], DispatchPolicy]] = {
@@ -28,19 +28,24 @@ _STATIC: dict[str, Callable[[], DispatchPolicy]] = {
     "least-requests": LeastRequests,
     "least-tokens": LeastTokens,
 }
+_QUEUED = "queued-"
+DISPATCH_NAMES = (*_STATIC, *(_QUEUED + name for name in _STATIC), "star")
 
 
 def make_dispatch(name: str, **params: Any) -> DispatchPolicy:
     """Build the dispatch policy called ``name``.
 
     Args:
-        params: fields of :class:`StarParams` for ``star``; the static policies have none.
+        params: fields of :class:`StarParams` for ``star`` and ``queued-*``; the static policies
+            have none.
 
     Raises:
         ConfigError: unknown name or parameter.
     """
     if name == "star":
         return StarDispatch(build(StarParams, params))
+    if name.startswith(_QUEUED) and name.removeprefix(_QUEUED) in _STATIC:
+        return Queued(_STATIC[name.removeprefix(_QUEUED)](), build(StarParams, params))
     if name not in _STATIC:
         raise ConfigError(
             f"no dispatch policy {name!r}", hint=f"choose from {', '.join(DISPATCH_NAMES)}"

@@ -11,7 +11,8 @@ import numpy as np
 
 from sglang_star_router.policy import load
 from sglang_star_router.policy.forecast import forecast, instants
-from sglang_star_router.policy.limits import admits_now, token_limit
+from sglang_star_router.policy.holding import wait, with_room
+from sglang_star_router.policy.limits import token_limit
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.snapshot import (
@@ -43,33 +44,13 @@ class StarDispatch:
         allowed = inst.accepts
         pressure = self._pressure(snapshot, arrival)
         if p.hold:
-            spare = self._spare_share(snapshot, arrival)
-            allowed = admits_now(snapshot, arrival.prompt_tokens, arrival.max_new_tokens, spare, p)
-            allowed &= pressure <= p.admit_pressure
+            allowed = with_room(snapshot, arrival, p) & (pressure <= p.admit_pressure)
             if not allowed.any():
-                return self._wait(snapshot, arrival)
+                return wait(snapshot, arrival, p)
         row = load.lowest(np.round(pressure, 6), allowed, inst.ids)
         if row is None:
             return NOBODY
         return Placement(inst.ids[row], self.name, {"pressure": float(pressure[row])})
-
-    def _spare_share(self, snapshot: FleetSnapshot, arrival: Arrival) -> float:
-        """Share of KV an arrival must leave free: none in time, more the more others wait."""
-        p = self.params
-        if snapshot.now_s - arrival.arrived_s <= p.hold_deadline_s:
-            return 0.0
-        crowd = (snapshot.held - 1) / max(p.late_full * len(snapshot.instances.ids), 1e-9)
-        return p.late_spare * min(crowd, 1.0)
-
-    def _wait(self, snapshot: FleetSnapshot, arrival: Arrival) -> Placement:
-        """Hold until the deadline for holding has passed or too many are held already."""
-        p = self.params
-        waited = snapshot.now_s - arrival.arrived_s
-        full = snapshot.held > p.hold_max_requests
-        explain = {"waited_s": waited, "held": float(snapshot.held)}
-        if full or waited >= p.hold_max_s:
-            return Placement(None, "overload", explain, reject=True)
-        return Placement(None, "no-room", explain)
 
     def _pressure(self, snapshot: FleetSnapshot, arrival: Arrival) -> FloatArray:
         """Highest forecast share of each instance's limit with the arrival on it, ``[I]``."""
