@@ -21,6 +21,9 @@ from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.samples import Samples
 from sglang_star.protocol import QUANTILE_LEVELS
 
+PATIENCE: Final = 6
+"""Epochs without improvement on validation that end the training of a network."""
+
 RIDGES: Final = tuple(10.0**k for k in range(-2, 6))
 
 
@@ -276,7 +279,7 @@ def _train(net: nn.Module, x: torch.Tensor, loss: Any, validation: Array) -> Non
     left_rows = torch.tensor(np.flatnonzero(validation))
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-4)
     best, since, kept = float("inf"), 0, {k: v.clone() for k, v in net.state_dict().items()}
-    while since < 10:
+    while since < PATIENCE:
         for rows in train_rows[torch.randperm(len(train_rows))].split(256):
             optimizer.zero_grad()
             loss(net(x[rows]), rows).mean().backward()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_star.predictor import dataset, figures, metrics
-from sglang_star.predictor.baselines import ByAge, PaperHead
+from sglang_star.predictor.baselines import ByAge
 from sglang_star.predictor.fit import Recipe, fit
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
@@ -38,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     head = Head(card, weights)
     card.metrics["star"] = metrics.score(predict(head, parts.test), parts.test)
-    for name, baseline in (("paper", PaperHead), ("by_age", ByAge)):
-        predicted = baseline(parts.fit, args.seed).predict(parts.test)
-        card.metrics[name] = metrics.score(predicted, parts.test)
+    by_age = ByAge(parts.fit, args.seed).predict(parts.test)
+    card.metrics["by_age"] = metrics.score(by_age, parts.test)
     head.save(args.out)
     if args.plot:
         figures.losses(curves.train, curves.held_out, args.plot)
