@@ -158,6 +158,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.plot(
                 [r.tokens for r in mine], [getattr(r, name) for r in mine], marker="o", label=label
             )
+        counts = sorted({row.tokens for row in rows})
+        axes.set_xticks(counts, map(str, counts))
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -58,6 +58,7 @@ STAR: Final = Group(
                 "policy": Command("policies side by side", "sglang_star_bench.policy_bench"),
                 "migration": Command("the stall of a move", "sglang_star_bench.migration"),
                 "overhead": Command("STAR at rest against SGLang", "sglang_star_bench.overhead"),
+                "attention": Command("decode on a CPU", "sglang_star_bench.attention"),
                 "kv-copy": Command("copying KV pages", "sglang_star_bench.kv_copy"),
                 "predictor": Command("time per step of the head", "sglang_star_bench.predictor"),
                 "router": Command("time per request of the router", "sglang_star_bench.router"),

@@ -220,7 +220,7 @@ HOOKS: tuple[Hook, ...] = (
         "._run_sdpa_forward_decode",
         "around",
         "sglang_star.platform.attention:decode",
-        "decode attention at twice the speed on a CPU",
+        "decode attention in the layout torch is fast at",
     ),
     Hook(
         Scope.CPU,
