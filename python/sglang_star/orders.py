@@ -13,8 +13,8 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang_star.config import StarConfig
 from sglang_star.errors import OrderRefused, StarError, UnknownRequest
 from sglang_star.migration.guests import Guests
-from sglang_star.migration.relay import Relay
 from sglang_star.migration.move import Move
+from sglang_star.migration.relay import Relay
 from sglang_star.migration.source import Source
 from sglang_star.protocol import (
     DrainOrder,
