@@ -31,7 +31,16 @@ def leaves(node: cli.Command | cli.Group, words: tuple[str, ...] = ()) -> Iterat
 
 
 def test_every_documented_command_exists() -> None:
-    bench = ["serving", "policy", "migration", "overhead", "attention", "kv-copy", "predictor", "router"]
+    bench = [
+        "serving",
+        "policy",
+        "migration",
+        "overhead",
+        "attention",
+        "kv-copy",
+        "predictor",
+        "router",
+    ]
     predictor = ("collect", "train", "eval")
     assert set(leaves(cli.STAR)) == {
         *((word,) for word in ("demo", "cluster", "router", "simulate", "test")),
