@@ -16,6 +16,7 @@ from sglang_star.errors import ConfigError, SetupError
 from sglang_star.predictor import auxiliary, collect, dataset, errorcurve, floor, metrics, resample
 from sglang_star.predictor.baselines import AgeMean, ByAge
 from sglang_star.predictor.evaluate import main as evaluate
+from sglang_star.predictor.fit import Recipe
 from sglang_star.predictor.head import load
 from sglang_star.predictor.samples import (
     MANIFEST,
@@ -27,6 +28,7 @@ from sglang_star.predictor.samples import (
 )
 from sglang_star.predictor.train import main as train
 from sglang_star.protocol import QUANTILE_LEVELS
+from sglang_star_bench import ablations
 from sglang_star_bench.simulator.emulated import ErrorCurve
 from unit import predictor_cases as cases
 
@@ -268,6 +270,20 @@ def test_the_mean_by_age_is_there_beside_the_median(test_part: Samples) -> None:
     mean, median = AgeMean(test_part).predict(test_part), ByAge(test_part, 0).predict(test_part)
     assert mean[0] == pytest.approx(test_part.remaining[test_part.tokens < 21].mean())
     assert mean[0] > median[0, 2]
+
+
+def test_every_ablation_is_judged_against_the_whole_recipe(folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, repeats=1)
+    report = ablations.run(folder, recipe)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert len(rows) == len(report["rows"]) == len(list(ablations.variants(recipe)))
+    assert rows[ablations.FULL]["minus_full"]["difference"] == 0
+    assert rows["1/4 of the requests"]["requests"] == -(-report["fit_requests"] // 4)
+    # All but the wider projections, of which these few hidden dimensions have no use.
+    changed = [row for row in report["rows"] if row["minus_full"]["difference"] != 0]
+    assert len(changed) >= len(rows) - 4
+    ablations.plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 # --------------------------------------------------------------------------- the auxiliary model

@@ -121,8 +121,8 @@ class Inputs:
         """Project, standardise and deal into folds."""
         requests = len(samples.rids)
         width, inner = budget(samples.hidden.shape[1], requests)
-        width, inner = recipe.width or width, recipe.inner or inner
-        mean, projection = dataset.whiten(samples.hidden, width)
+        mean, projection = dataset.whiten(samples.hidden, recipe.width or width)
+        width, inner = projection.shape[1], recipe.inner or inner
         x = dataset.columns(dataset.inputs(samples, mean, projection))
         center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
         # A feature that never varied was never learnt: it must not act when it varies in service.
