@@ -9,6 +9,7 @@ import pytest
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
 from sglang_star.model import tiny_model
+from unit.tiny_head import head_for
 
 COMMON = ("--dtype", "float32", "--max-running-requests", "48", "--skip-server-warmup")
 TOOLS = ("--tool-call-parser", "qwen25")
@@ -39,12 +40,13 @@ LAYOUTS: dict[str, dict[str, object]] = {
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp(request.param)
     spec = ClusterSpec(
         model=str(tiny_model()),
-        predictor="off",
+        predictor=str(head_for(tiny_model(), folder / "tiny.safetensors")),
         rescheduler="off",
         max_total_tokens=16384,
         **LAYOUTS[request.param],  # type: ignore[arg-type]
     )
-    with Cluster(spec, tmp_path_factory.mktemp(request.param)) as running:
+    with Cluster(spec, folder) as running:
         yield running

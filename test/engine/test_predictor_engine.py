@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,33 +14,13 @@ import pytest
 import torch
 
 from sglang_star.model import tiny_model
-from sglang_star.predictor.fingerprint import fingerprint
-from unit import predictor_cases as cases
+from unit.tiny_head import head_for
 
 pytestmark = pytest.mark.engine
 
 CHUNK = 64
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
 SHORT, LONG = list(range(100, 120)), list(range(200, 200 + 3 * CHUNK))
-
-
-def head_for(model: Path, path: Path) -> Path:
-    """Write a random head with the fingerprint of a checkpoint, read without SGLang."""
-    import json
-
-    from safetensors.torch import load_file
-
-    config = json.loads((model / "config.json").read_text())
-    weights = load_file(model / "model.safetensors")
-    made = SimpleNamespace(named_parameters=lambda: weights.items())
-    described = SimpleNamespace(
-        hf_config=SimpleNamespace(architectures=config["architectures"]),
-        hidden_size=config["hidden_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        vocab_size=config["vocab_size"],
-    )
-    cases.head(fingerprint=fingerprint(made, described)).save(path)  # type: ignore[arg-type]
-    return path
 
 
 @pytest.fixture(scope="module", params=["overlap", "no-overlap"])
