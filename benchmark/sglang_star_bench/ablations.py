@@ -94,7 +94,7 @@ def run(folder: Path, recipe: Recipe) -> dict[str, Any]:
         if variant.name == FULL:
             reference = error
         result = metrics.score(predicted, parts.test)
-        kept = ("mae", "mae_ci", "c_index", "coverage", "coverage_below_limit")
+        kept = ("mae", "mae_ci", "c_index", "coverage", "coverage_open", "coverage_open_expected")
         rows.append(
             {"group": variant.group, "name": variant.name, "requests": len(samples.rids)}
             | {name: result.get(name) for name in kept}

@@ -24,7 +24,7 @@ from sglang_star.protocol import QUANTILE_LEVELS
 PATIENCE: Final = 6
 """Epochs without improvement on validation that end the training of a network."""
 
-RIDGES: Final = tuple(10.0**k for k in range(-2, 6))
+RIDGES: Final = tuple(10.0**k for k in range(-1, 8))
 
 
 class Baseline(Protocol):
@@ -165,28 +165,42 @@ class Trail:
             dataset.validation(fit)[fit.request],
         )
 
+        left = fit.select(dataset.validation(fit))
+        self._median = False
+        errors = [np.abs(self.predict(left) - left.remaining).mean()]
+        self._median = True
+        errors.append(np.abs(self.predict(left) - left.remaining).mean())
+        self._median = bool(errors[1] < errors[0])
+
     def predict(self, samples: Samples) -> Array:
-        """Expected value of the smoothed distribution."""
+        """Mean or median of the smoothed distribution, whichever validated better."""
+        belief = self._smoothed(samples)
+        if not self._median:
+            return np.asarray(belief @ ((np.arange(self.BINS) + 0.5) * self._bin))
+        below = np.cumsum(belief, axis=1)
+        index = (below < 0.5).sum(axis=1).clip(max=self.BINS - 1)
+        rows = np.arange(len(belief))
+        share = (0.5 - below[rows, index]) / np.maximum(belief[rows, index], 1e-9) + 1.0
+        return np.asarray((index + share.clip(0.0, 1.0)) * self._bin)
+
+    def _smoothed(self, samples: Samples) -> Array:
+        """Belief over the bins at every sample, ``[n, BINS]``."""
         logits = _forward(self._net, self._norm(_hidden(samples)))
         likelihood = np.exp(logits - logits.max(axis=1, keepdims=True))
         likelihood /= likelihood.sum(axis=1, keepdims=True)
         begins = set(dataset.starts(samples).tolist())
-        belief = np.zeros(self.BINS)
-        result = np.zeros(len(likelihood))
-        centers = (np.arange(self.BINS) + 0.5) * self._bin
+        belief = np.zeros_like(likelihood)
         for i, row in enumerate(likelihood):
-            if i in begins:
-                belief = row
-            else:
+            belief[i] = row
+            if i not in begins:
                 # In so many tokens a request leaves its bin for the next lower one this often.
                 share = min((samples.tokens[i] - samples.tokens[i - 1]) / self._bin, 1.0)
-                moved = (1.0 - share) * belief
-                moved[:-1] += share * belief[1:]
-                moved[0] += share * belief[0]
-                belief = moved * row + 1e-12
-                belief = belief / belief.sum()
-            result[i] = belief @ centers
-        return result
+                moved = (1.0 - share) * belief[i - 1]
+                moved[:-1] += share * belief[i - 1, 1:]
+                moved[0] += share * belief[i - 1, 0]
+                belief[i] = moved * row + 1e-12
+                belief[i] /= belief[i].sum()
+        return belief
 
 
 BASELINES: Final[dict[str, Any]] = {

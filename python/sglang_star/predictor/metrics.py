@@ -75,12 +75,14 @@ def calibration(predicted: Array, samples: Samples, seed: int = 0) -> dict[str, 
     """How often outputs end within each quantile, where ``max_new_tokens`` does not decide it.
 
     A quantile beyond the limit is neither right nor wrong: the output is cut before. So each level
-    is judged on the samples whose quantile lies below the limit, and the band on those whose P90
-    does; choosing samples by what was predicted leaves a calibrated predictor calibrated.
+    is judged on the samples whose quantile lies below the limit, and the band P10-P90 on those
+    whose P10 does; it should hold 80 % of the lengths, or 90 % where the limit replaces P90.
+    Choosing samples by what was predicted leaves a calibrated predictor calibrated.
 
     Returns:
         ``calibration``: per level the share of outputs within it and the share of samples judged;
-        ``coverage_below_limit`` of P10-P90, its 95 % interval over requests, and the share judged.
+        ``coverage_open``: of the band, with its 95 % interval over requests ``coverage_open_ci``,
+        what it should be ``coverage_open_expected`` and the share judged ``coverage_open_judged``.
     """
     room = samples.max_new_tokens[samples.request] - samples.tokens
     actual = samples.remaining
@@ -89,19 +91,18 @@ def calibration(predicted: Array, samples: Samples, seed: int = 0) -> dict[str, 
         judged = quantile < room
         share = float((actual <= quantile)[judged].mean()) if judged.any() else None
         curve.append({"level": level, "within": share, "judged": float(judged.mean())})
-    judged = predicted[:, -1] < room
-    result: dict[str, Any] = {
-        "calibration": curve,
-        "coverage_below_limit": None,
-        "coverage_below_limit_ci": None,
-        "coverage_below_limit_judged": float(judged.mean()),
+    low, high = predicted[:, 0], predicted[:, -1]
+    judged = low < room
+    result: dict[str, Any] = {"calibration": curve, "coverage_open_judged": float(judged.mean())}
+    if not judged.any():
+        return result | dict.fromkeys(("coverage_open", "coverage_open_ci"))
+    inside = ((low <= actual) & (actual <= high))[judged].astype(float)
+    expected = np.where(high < room, QUANTILE_LEVELS[-1], 1.0)[judged] - QUANTILE_LEVELS[0]
+    return result | {
+        "coverage_open": float(inside.mean()),
+        "coverage_open_ci": list(bootstrap(inside, samples.request[judged], seed)),
+        "coverage_open_expected": float(expected.mean()),
     }
-    if judged.any():
-        inside = ((predicted[:, 0] <= actual) & (actual <= predicted[:, -1]))[judged].astype(float)
-        result["coverage_below_limit"] = float(inside.mean())
-        interval = bootstrap(inside, samples.request[judged], seed)
-        result["coverage_below_limit_ci"] = list(interval)
-    return result
 
 
 def paired(error: Array, other: Array, request: Array, seed: int = 0) -> dict[str, Any]:
