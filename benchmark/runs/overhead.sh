@@ -16,7 +16,9 @@ star() { "${PYTHON:-python}" -m sglang_star.cli "$@"; }
 
 star bench overhead --head "$head" --batch 1 16 --minutes "${MINUTES:-20}" \
     --json "$out/overhead.json" --plot "$out/overhead.png"
-star bench migration --model tiny --batch 1 4 --overlap on off \
-    --json "$out/migration-tiny.json" --plot "$out/migration-tiny.png"
+# Steps of about 30 ms: the tiny model must be able to keep up, or the processor is measured.
+star bench migration --model tiny --paced '24gb-7b*1.4' --context 3000 --batch 1 8 \
+    --overlap on off --moves 40 \
+    --json "$out/migration-paced.json" --plot "$out/migration-paced.png"
 star bench migration \
     --json "$out/migration.json" --plot "$out/migration.png"
