@@ -18,22 +18,24 @@ from sglang_star_bench.simulator.request import Request, State
 from sglang_star_bench.traces import Trace
 
 LOOK_EVERY_S: Final = 0.5
+COUNTERS: Final = ("retractions", "paced_late")
 TOKEN_IDS: Final = range(100, 30_000)
 
 
-async def replay(url: str, trace: Trace, recorder: Recorder, seed: int) -> float:
+async def replay(url: str, trace: Trace, recorder: Recorder, seed: int) -> tuple[float, int]:
     """Send every request of ``trace`` at its time and wait for all of them.
 
     Prompts are random token ids, so that no prefix is shared; outputs are exactly as long as the
     trace says, and so are the limits the engines see.
 
     Returns:
-        Wall time until the last one ended, seconds.
+        Wall time until the last one ended, seconds; forwards that took longer than the engines are
+        paced to.
     """
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-        before = await _retractions(session)
+        before = [await _total(session, name) for name in COUNTERS]
         watcher = asyncio.create_task(_watch(session, recorder))
         started = time.time()
         try:
@@ -45,13 +47,14 @@ async def replay(url: str, trace: Trace, recorder: Recorder, seed: int) -> float
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
         wall_s = time.time() - started
-        recorder.retractions = await _retractions(session) - before
+        after = [await _total(session, name) for name in COUNTERS]
+        recorder.retractions, late = (b - a for a, b in zip(before, after, strict=True))
         for move in (await _get(session, "/star/migrations?limit=100000"))["migrations"]:
             if move["state"] == "moved" and move["ordered_at"] >= started:
                 recorder.migrations += 1
                 recorder.migrated_tokens += move["context_tokens"] or 0
                 recorder.stall.add(move["stall_ms"] or 0.0)
-    return wall_s
+    return wall_s, late
 
 
 async def _one(
@@ -101,8 +104,8 @@ async def _watch(session: aiohttp.ClientSession, recorder: Recorder) -> None:
             recorder.load_cv_count += 1
 
 
-async def _retractions(session: aiohttp.ClientSession) -> int:
-    return sum(status["retractions"] for status in await _decoding(session))
+async def _total(session: aiohttp.ClientSession, name: str) -> int:
+    return sum(status[name] for status in await _decoding(session))
 
 
 async def _decoding(session: aiohttp.ClientSession) -> list[dict[str, Any]]:

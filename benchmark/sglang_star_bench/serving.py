@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in policies:
             running.replace_router(**routing(name, args, profile))
             recorder = Recorder(args.ttft_slo, args.tpot_slo, args.warmup)
-            wall_s = asyncio.run(replay(running.url, trace, recorder, args.seed))
+            wall_s, late = asyncio.run(replay(running.url, trace, recorder, args.seed))
             twin = simulate(args, name, profile, trace)
             for where, found in (("cluster", recorder), ("simulator", twin)):
                 recorders.append((f"{name}, {where}", found))
@@ -110,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                      "instances": args.decode, "load": args.load, "seed": args.seed}
                     | found.summary(args.duration - args.warmup)
                 )  # fmt: skip
-            rows[-2]["wall_s"] = round(wall_s, 3)
+            rows[-2] |= {"wall_s": round(wall_s, 3), "late_forwards": late}
             print(table(*rows[-2:]), flush=True)
+            print(f"{late} forwards took longer than they are paced to", flush=True)
     arguments.write_json(args.json, rows)
     if args.plot:
         from sglang_star_bench import figures

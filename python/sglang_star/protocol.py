@@ -111,6 +111,7 @@ class InstanceStatus(Message, frozen=True):
         move_outcomes: how many moves ended in each way since start.
         predictor_fallbacks: estimates read from the head's by-age table because the model's or
             the head's numbers were not finite; predictor_failures: steps left without estimates.
+        paced_late: forwards that took longer than the card they are paced to would have.
     """
 
     instance_id: str
@@ -134,6 +135,7 @@ class InstanceStatus(Message, frozen=True):
     move_outcomes: dict[str, int] = {}
     predictor_fallbacks: int = 0
     predictor_failures: int = 0
+    paced_late: int = 0
 
 
 class Advertisement(msgspec.Struct, frozen=True, kw_only=True):

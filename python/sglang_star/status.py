@@ -16,6 +16,7 @@ from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import ESTIMATE, MOVES
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.source import Source
+from sglang_star.platform import paced
 from sglang_star.predictor import runner
 from sglang_star.protocol import InstanceStatus, Peer, RequestStatus
 
@@ -116,6 +117,7 @@ class StatusReporter:
             move_outcomes=dict(self._log.outcomes),
             predictor_fallbacks=runner.fallbacks,
             predictor_failures=runner.failures,
+            paced_late=paced.late,
         )
 
     def _running(self) -> Iterator[Req]:

@@ -52,6 +52,7 @@ def instance_json(
             "queued": status.queued,
             "retracted": status.retracted,
             "retractions": status.retractions,
+            "paced_late": status.paced_late,
         }
         if requests:
             row["status"]["requests"] = [asdict(one) for one in status.requests]
