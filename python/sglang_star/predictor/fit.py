@@ -121,7 +121,7 @@ class Inputs:
         """Project, standardise and deal into folds."""
         requests = len(samples.rids)
         width, inner = budget(samples.hidden.shape[1], requests)
-        mean, projection = dataset.whiten(samples.hidden, recipe.width or width)
+        mean, projection = dataset.project(samples, recipe.width or width)
         width, inner = projection.shape[1], recipe.inner or inner
         x = dataset.columns(dataset.inputs(samples, mean, projection))
         center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)

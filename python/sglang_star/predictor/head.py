@@ -200,5 +200,5 @@ def budget(hidden_size: int, requests: int) -> tuple[int, int]:
     The number of requests, not of samples, bounds what can be learnt: samples of one request
     share one outcome.
     """
-    width = min(64, hidden_size, max(16, 8 * round(math.sqrt(requests) / 12)))
+    width = min(72, hidden_size, 24 * max(1, round(math.sqrt(requests) / 30)))
     return width, max(32, width)
