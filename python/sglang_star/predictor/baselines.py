@@ -98,23 +98,25 @@ class LinearProbe:
 
 
 class PromptOnly:
-    """Ridge regression from the prompt's last hidden state to the total length or its logarithm."""
+    """Ridge regression on the state at prefill and the tokens so far, to the remaining length."""
 
     def __init__(self, fit: Samples, seed: int) -> None:
         fit = dataset.known(fit)
-        x, y = self._inputs(fit), fit.output_tokens.astype(np.float64)
-        self._model = _best_ridge(x, y, dataset.validation(fit))
+        x, y = self._inputs(fit), fit.remaining.astype(np.float64)
+        self._model = _best_ridge(x, y, dataset.validation(fit)[fit.request])
         self.parameters = x.shape[1] + 1
 
     def predict(self, samples: Samples) -> Array:
-        """Total as seen from the prompt, less what is out already."""
-        total = self._model(self._inputs(samples))
-        return np.asarray(total[samples.request] - samples.tokens)
+        """One product per sample."""
+        return self._model(self._inputs(samples))
 
     @staticmethod
     def _inputs(samples: Samples) -> Array:
         first = samples.hidden[dataset.starts(samples)].astype(np.float64)
-        return np.column_stack([first, np.log1p(samples.prompt_tokens)])
+        counts = [samples.prompt_tokens[samples.request], samples.tokens]
+        return np.column_stack(
+            [first[samples.request], np.log1p(np.stack(counts, axis=1)), samples.tokens]
+        )
 
 
 class PaperHead:

@@ -142,8 +142,13 @@ class _Engine:
         """Answer all jobs, each of so many outputs."""
         cut = functools.partial(self.engine.tokenizer_manager.abort_request, abort_all=True)
         at_once = max(self._args.concurrency // outputs, 1)
-        run = drive(jobs, generate, cut, at_once, self._args.minutes)
-        self.engine.loop.run_until_complete(run)
+
+        async def run() -> None:
+            # SGLang takes SIGTERM for itself with the first request; after this, it has.
+            self.engine.tokenizer_manager.auto_create_handle_loop()
+            await drive(jobs, generate, cut, at_once, self._args.minutes)
+
+        self.engine.loop.run_until_complete(run())
 
 
 def parser() -> argparse.ArgumentParser:
