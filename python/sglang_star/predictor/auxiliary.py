@@ -10,6 +10,7 @@ the training.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -119,13 +120,15 @@ class Auxiliary:
     def encode(self, samples: Samples) -> list[list[int]]:
         """Encoder tokens of every sample: head of the prompt, latest output."""
         to_ids = self._tokenizer(
-            [self._decode(ids) for ids in samples.prompt_ids], add_special_tokens=False
+            [self._decode(ids) for ids in samples.prompt_ids],
+            add_special_tokens=False,
+            verbose=False,
         )["input_ids"]
         latest = [
             self._decode(samples.output_ids[request][max(tokens - SERVED_TOKENS, 0) : tokens])
             for request, tokens in zip(samples.request, samples.tokens, strict=True)
         ]
-        latest_ids = self._tokenizer(latest, add_special_tokens=False)["input_ids"]
+        latest_ids = self._tokenizer(latest, add_special_tokens=False, verbose=False)["input_ids"]
         begin, sep = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
         texts = []
         for request, output in zip(samples.request, latest_ids, strict=True):
@@ -169,6 +172,8 @@ class _Net(nn.Module):
 
     def __init__(self, features: int, start: float) -> None:
         super().__init__()
+        # It would warn of the pooling layer, which is left out on purpose.
+        logging.getLogger("transformers").setLevel(logging.ERROR)
         self.encoder = AutoModel.from_pretrained(_weights(), add_pooling_layer=False)
         width = self.encoder.config.hidden_size + features
         self.top = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.1))
