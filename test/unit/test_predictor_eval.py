@@ -307,9 +307,11 @@ def test_the_auxiliary_model_sees_the_prompts_head_and_the_latest_output(
     test_part: Samples,
 ) -> None:
     pytest.importorskip(auxiliary.PACKAGE)
-    seen = SimpleNamespace(
+    from transformers import AutoTokenizer
+
+    seen: Any = SimpleNamespace(
         _decode=lambda ids: " ".join(str(i) for i in ids),
-        _tokenizer=auxiliary.AutoTokenizer.from_pretrained(auxiliary._weights()),
+        _tokenizer=AutoTokenizer.from_pretrained(auxiliary._weights()),
     )
     texts = auxiliary.Auxiliary.encode(seen, test_part)
     assert max(len(text) for text in texts) == auxiliary.LENGTH
