@@ -16,6 +16,7 @@ import pytest
 from sglang_star.errors import ConfigError
 from sglang_star_bench.reasoning import __main__ as command
 from sglang_star_bench.reasoning import check, model, tasks
+from sglang_star_bench.reasoning.recipe import MIXES, Recipe
 from sglang_star_bench.reasoning.tasks import FAMILIES, Problem
 
 pytest.importorskip("torch")
@@ -122,9 +123,9 @@ def test_the_same_seed_gives_the_same_problems() -> None:
 def test_lengths_have_a_heavy_tail_and_prompts_are_many() -> None:
     drawn = list(itertools.islice(tasks.problems(5), 20_000))
     lengths = np.array([len(problem.trace) + 1 for problem in drawn])
-    assert 120 <= np.percentile(lengths, 50) <= 350
-    assert 900 <= np.percentile(lengths, 90) <= 1600
-    assert 2500 <= np.percentile(lengths, 99) <= 3600
+    assert 180 <= np.percentile(lengths, 50) <= 300
+    assert 1000 <= np.percentile(lengths, 90) <= 1500
+    assert 2500 <= np.percentile(lengths, 99) <= 3500
     assert lengths.max() <= tasks.LONGEST + 1
     assert len({problem.prompt for problem in drawn}) > 18_000
     assert {problem.family for problem in drawn} == set(FAMILIES)
@@ -193,12 +194,14 @@ def test_a_few_steps_train_export_and_resume(tmp_path: Path) -> None:
 
     from sglang_star_bench.reasoning import train
 
-    recipe = train.Recipe(width=32, layers=1, tokens=3000, batch_tokens=1024, micro_tokens=512)
+    recipe = Recipe(width=32, layers=1, tokens=3000, warmup=0.0)
     run = train.Trainer(recipe, tmp_path)
-    [*groups] = train.batches(train.pool(run.tokenizer, 1, 4000, 256), 512, random.Random(0))
+    sequences = train.pool(run.tokenizer, 1, 4000, 256, "plain")
+    [*groups] = train.batches(sequences, 512, random.Random(0))
     before = float(train.loss_of(run.model, *groups[0]).detach())
     for _ in range(40):
-        run._step(groups[:1])
+        run.tokens = 0
+        run._step(*groups[0])
     assert float(train.loss_of(run.model, *groups[0]).detach()) < before * 0.9
     run.tokens = 3000
     run._save()
@@ -218,18 +221,20 @@ def test_a_few_steps_train_export_and_resume(tmp_path: Path) -> None:
     rendered = hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert rendered == ids[0].tolist()
     with pytest.raises(ConfigError, match="another recipe"):
-        train.Trainer(train.Recipe(width=64), tmp_path)
+        train.Trainer(Recipe(width=64), tmp_path)
 
 
 def test_the_learning_rate_warms_up_and_falls_and_lengths_grow() -> None:
-    from sglang_star_bench.reasoning.train import Recipe
-
     recipe = Recipe()
     rates = [recipe.rate_at(done) for done in (0.0, recipe.warmup, 0.5, 1.0)]
     assert rates[0] < rates[3] < rates[2] < rates[1] == pytest.approx(recipe.rate)
-    lengths = [recipe.longest(done) for done in (0.0, 0.5, 0.9, 1.0)]
+    assert recipe.rate_at(1.02) == pytest.approx(rates[3]), "a pool may run past the end"
+    stages = [recipe.stage(done) for done in (0.0, 0.4, 0.7, 0.9, 1.0)]
+    lengths = [stage.longest for stage in stages]
     assert lengths == sorted(lengths)
     assert lengths[-1] > tasks.LONGEST
+    for stage in stages:
+        assert MIXES[stage.mix].keys() == FAMILIES.keys()
 
 
 def test_batches_hold_every_learnt_token_once() -> None:

@@ -8,16 +8,16 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from sglang_star.errors import ConfigError, StarError
 from sglang_star_bench.reasoning.check import attempt, forced_loss, held_back, summary
 from sglang_star_bench.reasoning.model import WEIGHTS
+from sglang_star_bench.reasoning.recipe import Recipe
 from sglang_star_bench.reasoning.tasks import FAMILIES
-from sglang_star_bench.reasoning.train import Recipe, Trainer
+from sglang_star_bench.reasoning.train import Trainer
 
-NUMBERS = tuple(field.name for field in fields(Recipe) if field.name != "stages")
+NUMBERS = ("seed", "width", "layers", "tokens", "batch_tokens", "rate")
 
 
 def parser() -> argparse.ArgumentParser:

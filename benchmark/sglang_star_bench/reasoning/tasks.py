@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -224,24 +224,29 @@ def base(rng: random.Random) -> tuple[str, str, list[str], str]:
 
 
 FAMILIES: Final[dict[str, tuple[Step, float]]] = {
-    "gcd": (gcd, 1.0),
-    "sort": (sort, 1.5),
-    "collatz": (collatz, 1.0),
-    "tree": (tree, 1.0),
-    "subset": (subset, 1.5),
-    "product": (product, 1.5),
-    "clock": (clock, 1.0),
-    "base": (base, 0.7),
+    "gcd": (gcd, 0.7),
+    "sort": (sort, 2.0),
+    "collatz": (collatz, 1.5),
+    "tree": (tree, 0.5),
+    "subset": (subset, 1.2),
+    "product": (product, 2.0),
+    "clock": (clock, 0.8),
+    "base": (base, 0.3),
 }
-"""Generator and weight of each family."""
+"""Generator of each family, and how often it comes among the prompts."""
 
 
-def problems(seed: int, families: Sequence[str] = tuple(FAMILIES)) -> Iterator[Problem]:
-    """Endless problems; the same seed gives the same ones."""
+def problems(
+    seed: int,
+    families: Sequence[str] = tuple(FAMILIES),
+    weights: Mapping[str, float] | None = None,
+) -> Iterator[Problem]:
+    """Endless problems, families drawn by ``weights``; the same seed gives the same ones."""
     rng = random.Random(f"reasoning {seed}")
-    weights = [FAMILIES[name][1] for name in families]
+    usual = {name: weight for name, (_, weight) in FAMILIES.items()}
+    shares = [(weights or usual)[name] for name in families]
     while True:
-        [family] = rng.choices(families, weights)
+        [family] = rng.choices(families, shares)
         key, prompt, states, answer = FAMILIES[family][0](rng)
         trace = "\n".join([*states, f"={answer}"])
         if len(trace) <= LONGEST:

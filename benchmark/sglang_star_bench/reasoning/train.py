@@ -1,8 +1,8 @@
 """Train the reasoning model from scratch on one core: ``... reasoning train``.
 
 Sequences of like length share a batch, each from position 0 as in serving, so that nothing is
-spent on padding or on attention across sequences. Lengths grow: short traces first, the whole
-range in the last part. The run is saved between pools of data and continues from there.
+spent on padding or on attention across sequences. The run is saved between pools of data and
+continues from there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sglang_star.errors import ConfigError
 from sglang_star_bench.reasoning import model as reasoning_model
+from sglang_star_bench.reasoning.recipe import MIXES, Recipe
 from sglang_star_bench.reasoning.tasks import problems
 
 if TYPE_CHECKING:
@@ -33,34 +34,6 @@ CHECKPOINT: Final = "checkpoint.pt"
 IGNORED: Final = -100
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """All that decides the weights; lengths in tokens."""
-
-    seed: int = 0
-    width: int = 192
-    layers: int = 4
-    tokens: int = 9_000_000
-    batch_tokens: int = 4096
-    micro_tokens: int = 4096
-    rate: float = 4e-3
-    weight_decay: float = 0.1
-    warmup: float = 0.02
-    stages: tuple[tuple[float, int], ...] = ((0.3, 256), (0.8, 1024), (1.0, 4224))
-    """Up to this share of the run, sequences up to this length."""
-
-    def longest(self, done: float) -> int:
-        """Longest sequence at share ``done`` of the run."""
-        return next((length for end, length in self.stages if done < end), self.stages[-1][1])
-
-    def rate_at(self, done: float) -> float:
-        """Learning rate: linear warm-up, then a cosine down to a fiftieth."""
-        if done < self.warmup:
-            return self.rate * (done / self.warmup + 0.01)
-        along = (done - self.warmup) / (1 - self.warmup)
-        return self.rate * (0.02 + 0.98 * (1 + math.cos(math.pi * min(along, 1))) / 2)
-
-
 @dataclass(slots=True)
 class Sequence:
     """Token ids, of which the first ``prompt`` are given and not learnt."""
@@ -69,11 +42,11 @@ class Sequence:
     prompt: int
 
 
-def pool(tokenizer: Tokenizer, seed: int, tokens: int, longest: int) -> list[Sequence]:
+def pool(tokenizer: Tokenizer, seed: int, tokens: int, longest: int, mix: str) -> list[Sequence]:
     """About ``tokens`` tokens of problems that are not held back, none over ``longest``."""
     result: list[Sequence] = []
     size = 0
-    for problem in problems(seed):
+    for problem in problems(seed, weights=MIXES[mix]):
         if size >= tokens:
             break
         if problem.held_back or len(problem.trace) > longest:
@@ -127,8 +100,9 @@ class Trainer:
 
         self.recipe, self.folder = recipe, folder
         folder.mkdir(parents=True, exist_ok=True)
+        plain = problems(recipe.seed, weights=MIXES["plain"])
         self.tokenizer = reasoning_model.train_tokenizer(
-            problem.prompt for problem in itertools.islice(problems(recipe.seed), TOKENIZER_PROMPTS)
+            problem.prompt for problem in itertools.islice(plain, TOKENIZER_PROMPTS)
         )
         self.model = reasoning_model.new_model(recipe.width, recipe.layers, recipe.seed)
         hidden = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
@@ -136,12 +110,9 @@ class Trainer:
         # Muon needs fewer tokens than AdamW for the matrices; AdamW has the embedding and norms.
         self.optimizers = (
             torch.optim.Muon(
-                hidden,
-                lr=recipe.rate,
-                weight_decay=recipe.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+                hidden, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
             ),
-            torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self.tokens = self.steps = self.pools = 0
         self.seconds = 0.0
@@ -153,51 +124,55 @@ class Trainer:
             self._pool()
             self._save()
         reasoning_model.export(self.model, self.tokenizer, self.folder)
-        provenance = {"recipe": asdict(self.recipe), **self._counters()}
+        provenance = {
+            "command": "python -m sglang_star_bench.reasoning train",
+            "recipe": asdict(self.recipe),
+            "parameters": self.model.num_parameters(),
+            **self._counters(),
+        }
         (self.folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
 
+    @property
+    def done(self) -> float:
+        """Share of the recipe's tokens that is behind."""
+        return self.tokens / self.recipe.tokens
+
     def _pool(self) -> None:
-        recipe = self.recipe
-        longest = recipe.longest(self.tokens / recipe.tokens)
-        seed = recipe.seed + 1 + self.pools
-        rng = random.Random(seed)
-        sequences = pool(self.tokenizer, seed, POOL_TOKENS, longest)
-        stream = batches(sequences, recipe.micro_tokens, rng)
+        stage = self.recipe.stage(self.done)
+        seed = self.recipe.seed + 1 + self.pools
+        sequences = pool(self.tokenizer, seed, POOL_TOKENS, stage.longest, stage.mix)
         losses, learnt, reported = 0.0, 0, time.monotonic()
         last = time.monotonic()
-        per_step = recipe.batch_tokens // recipe.micro_tokens
-        while group := list(itertools.islice(stream, per_step)):
-            step_loss, step_learnt = self._step(group)
-            losses, learnt = losses + step_loss, learnt + step_learnt
+        for ids, labels in batches(sequences, self.recipe.batch_tokens, random.Random(seed)):
+            losses += self._step(ids, labels)
+            learnt += int((labels != IGNORED).sum())
             now = time.monotonic()
             self.seconds, last = self.seconds + now - last, now
             if now - reported >= REPORT_EVERY_S:
-                self._report(losses / learnt, longest)
+                self._report(losses / learnt, stage.longest)
                 losses, learnt, reported = 0.0, 0, now
         self.pools += 1
 
-    def _step(self, group: list[Any]) -> tuple[float, int]:
+    def _step(self, ids: Any, labels: Any) -> float:
+        """Learn from one batch; returns its summed loss, nats."""
         import torch
 
-        rate = self.recipe.rate_at(self.tokens / self.recipe.tokens)
+        rate = self.recipe.rate_at(self.done)
         for optimizer in self.optimizers:
             for part in optimizer.param_groups:
                 part["lr"] = rate
-        learnt = sum(int((labels != IGNORED).sum()) for _, labels in group)
-        total = 0.0
-        for ids, labels in group:
-            loss = loss_of(self.model, ids, labels)
-            (loss / learnt).backward()
-            total += float(loss.detach())
-            self.tokens += ids.numel()
+        loss = loss_of(self.model, ids, labels)
+        (loss / (labels != IGNORED).sum()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        self.tokens += ids.numel()
         self.steps += 1
+        total = float(loss.detach())
         if not math.isfinite(total):
             raise ConfigError("the loss is no number any more", hint="lower the learning rate")
-        return total, learnt
+        return total
 
     def _report(self, loss: float, longest: int) -> None:
         row = {**self._counters(), "loss": round(loss, 5), "longest": longest}
