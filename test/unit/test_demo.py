@@ -189,7 +189,7 @@ def test_moves_are_ours_completed_and_in_order() -> None:
     assert [m["finished_at"] for m in report.moves_of([stream("a")], rows)] == [3.0, 9.0]
 
 
-def test_estimates_are_scored_once_per_stretch_and_only_for_natural_ends() -> None:
+def test_estimates_are_scored_once_per_stretch_up_to_the_limit_of_cut_answers() -> None:
     cut = replace(stream("cut"), finish_reason="length")
     seen = [
         Sighting(0.1, "demo-a", "decode-0", 10, (5, 8, 18, 22, 40)),
@@ -199,9 +199,13 @@ def test_estimates_are_scored_once_per_stretch_and_only_for_natural_ends() -> No
         Sighting(0.1, "demo-cut", "decode-0", 10, (1, 1, 1, 1, 1)),
     ]
     found = report.estimates([stream("a"), cut], seen)
-    assert found == [Estimate("demo-a", 5, 18, 40, 20), Estimate("demo-a", 1, 3, 4, 5)]
+    assert found == [
+        Estimate("demo-a", 5, 18, 40, 20),
+        Estimate("demo-a", 1, 3, 4, 5),
+        Estimate("demo-cut", 1, 1, 1, 20),
+    ]
     result = report.build([stream("a"), cut], [], found, [], 1.0)
-    assert result["predictor"] == {"n": 2, "mae": 2.0, "coverage": 0.5}
+    assert result["predictor"] == {"n": 3, "mae": 7.67, "coverage": 0.333}
 
 
 def test_report_has_exactly_the_documented_fields() -> None:

@@ -77,8 +77,12 @@ def moves_of(
 
 
 def estimates(streams: Iterable[Stream], sightings: Iterable[Sighting]) -> list[Estimate]:
-    """Pair estimates with what came; answers cut by their token limit have no known length."""
-    length = {s.rid: s.tokens for s in streams if s.completed and s.finish_reason == "stop"}
+    """Pair estimates with what came.
+
+    An answer cut by its token limit counts with that length, as in ``star predictor eval``: the
+    engine limits its estimates likewise, and leaving such answers out would keep the short ones.
+    """
+    length = {s.rid: s.tokens for s in streams if s.completed}
     found: dict[tuple[str, int], Estimate] = {}
     for seen in sightings:
         key = (seen.rid, seen.output_tokens // ESTIMATE_EVERY)
