@@ -35,7 +35,7 @@ async def replay(url: str, trace: Trace, recorder: Recorder, seed: int) -> tuple
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-        before = [await _total(session, name) for name in COUNTERS]
+        before = await _totals(session)
         watcher = asyncio.create_task(_watch(session, recorder))
         started = time.time()
         try:
@@ -47,7 +47,7 @@ async def replay(url: str, trace: Trace, recorder: Recorder, seed: int) -> tuple
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
         wall_s = time.time() - started
-        after = [await _total(session, name) for name in COUNTERS]
+        after = await _totals(session)
         recorder.retractions, late = (b - a for a, b in zip(before, after, strict=True))
         for move in (await _get(session, "/star/migrations?limit=100000"))["migrations"]:
             if move["state"] == "moved" and move["ordered_at"] >= started:
@@ -104,8 +104,9 @@ async def _watch(session: aiohttp.ClientSession, recorder: Recorder) -> None:
             recorder.load_cv_count += 1
 
 
-async def _total(session: aiohttp.ClientSession, name: str) -> int:
-    return sum(status[name] for status in await _decoding(session))
+async def _totals(session: aiohttp.ClientSession) -> list[int]:
+    statuses = await _decoding(session)
+    return [sum(status[name] for status in statuses) for name in COUNTERS]
 
 
 async def _decoding(session: aiohttp.ClientSession) -> list[dict[str, Any]]:

@@ -151,8 +151,7 @@ def _policies(run: Run, profile: Profile) -> tuple[DispatchPolicy, ReschedulePol
         "reactive": run.reactive,
         "star-point": known["star-point"] | dict(run.star_point),
     }
-    kind = "star" if dispatch_name.startswith("queued-") else dispatch_name
-    dispatch = make_dispatch(dispatch_name, **params.get(kind, {}))
+    dispatch = make_dispatch(dispatch_name, **dispatch_params(dispatch_name, params))
     if rescheduler_name == "off":
         return dispatch, None, oracle
     return dispatch, make_rescheduler(rescheduler_name, **params.get(rescheduler_name, {})), oracle
@@ -175,6 +174,11 @@ def parts(policy: str) -> tuple[str, str, bool]:
     )
 
 
+def dispatch_params(name: str, params: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What a dispatch policy takes of ``params`` by policy: ``queued-*`` has star's queue."""
+    return params.get("star" if name.startswith("queued-") else name, {})
+
+
 def fleet_params(profile: Profile) -> dict[str, dict[str, float]]:
     """Policy parameters that follow from the hardware, by policy."""
     copy = profile.link_bytes_per_s / profile.kv_bytes
@@ -184,4 +188,4 @@ def fleet_params(profile: Profile) -> dict[str, dict[str, float]]:
     }
 
 
-__all__ = ["POLICIES", "PROFILES", "Run", "execute", "fleet_params", "parts"]
+__all__ = ["POLICIES", "PROFILES", "Run", "dispatch_params", "execute", "fleet_params", "parts"]

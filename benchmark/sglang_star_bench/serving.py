@@ -28,7 +28,7 @@ from sglang_star.model import tiny_model
 from sglang_star.platform.profile import Profile, find
 from sglang_star_bench import arguments
 from sglang_star_bench.replay import replay
-from sglang_star_bench.runs import fleet_params, parts
+from sglang_star_bench.runs import dispatch_params, fleet_params, parts
 from sglang_star_bench.simulator.fleet import Fleet, FleetConfig
 from sglang_star_bench.simulator.recorder import Recorder
 from sglang_star_bench.simulator.saturation import scale_for_load
@@ -174,7 +174,7 @@ def routing(policy: str, args: argparse.Namespace, profile: Profile) -> dict[str
     dispatch, rescheduler, _ = parts(policy)
     known = params(args, profile)
     words = ["--decode-policy", dispatch, "--rescheduler-interval", str(DECISION_S)]
-    for name, value in known.get(dispatch, {}).items():
+    for name, value in dispatch_params(dispatch, known).items():
         words += ["--policy-param", f"{name}={value}"]
     if rescheduler != "off":
         for name, value in known.get(rescheduler, {}).items():
@@ -202,7 +202,7 @@ def simulate(args: argparse.Namespace, policy: str, profile: Profile, trace: Tra
     fleet = Fleet(
         trace,
         config,
-        make_dispatch(dispatch, **known.get(dispatch, {})),
+        make_dispatch(dispatch, **dispatch_params(dispatch, known)),
         None
         if rescheduler == "off"
         else make_rescheduler(rescheduler, **known.get(rescheduler, {})),

@@ -38,7 +38,7 @@ def test_a_policy_that_knows_the_future_is_refused() -> None:
         serving.main(["--policy", "oracle"])
 
 
-@pytest.mark.parametrize("policy", serving.DEFAULT_POLICIES)
+@pytest.mark.parametrize("policy", [*serving.DEFAULT_POLICIES, "queued-round-robin+off"])
 def test_the_router_understands_how_it_is_asked_to_follow_a_policy(policy: str) -> None:
     spec = serving.routing(policy, serving.parser().parse_args([]), PROFILE)
     config = parse_args(
@@ -50,6 +50,8 @@ def test_the_router_understands_how_it_is_asked_to_follow_a_policy(policy: str) 
         ]
     )
     assert (config.policy, config.rescheduler) == serving.parts(policy)[:2]
+    if config.policy.startswith(("star", "queued-")):
+        assert config.dispatch_params["reserved_tokens"] == 32
 
 
 def test_the_simulated_side_finishes_what_it_is_given(tmp_path: Path) -> None:
