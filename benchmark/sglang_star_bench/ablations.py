@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from sglang_star.predictor import dataset, fit, metrics
+from sglang_star.predictor import dataset, fit, metrics, size
 from sglang_star.predictor.fit import Recipe
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
@@ -24,6 +24,7 @@ from sglang_star.predictor.train import predict
 
 FULL: Final = "full"
 NAME: Final = "ablation"
+WIDTHS: Final = (8, 16, 32, 64, 128, 256)
 
 Predict = Callable[[Samples], Array]
 
@@ -58,8 +59,9 @@ def variants(base: Recipe) -> Iterator[Variant]:
         return Variant(group, name, dataclasses.replace(base, **changes))
 
     yield Variant("", FULL, base)
-    for width in (8, 16, 32, 64):
-        yield change("width", f"projection to {width}", width=width)
+    for width in WIDTHS:
+        if width != base.width:
+            yield change("width", f"projection to {width}", width=width)
     for inner in (8, 128):
         yield change("width", f"inner layer of {inner}", inner=inner)
     yield change("features", "no hidden state", parts=("counts",))
@@ -83,6 +85,7 @@ def run(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """
     fingerprint, manifest = describe(folder)
     parts = dataset.split(load_samples(folder))
+    recipe, _ = size.choose(parts.fit, recipe)
     rows: list[dict[str, Any]] = []
     reference = np.zeros(0)
     card = HeadCard(model=NAME, fingerprint=fingerprint, provenance={}, metrics={})

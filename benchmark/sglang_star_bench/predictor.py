@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         help="instead: vary the recipe on this folder made by `star predictor collect`",
     )
     result.add_argument("--repeats", type=int, default=1, help="ensembles per variant [1]")
+    result.add_argument("--width", type=int, default=0, help="of the whole recipe [by trial]")
     result.add_argument("--epochs", type=int, default=60, help="at most, per variant [60]")
     result.add_argument("--json", type=Path)
     result.add_argument("--plot", type=Path)
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ablations(args: argparse.Namespace) -> int:
-    report = ablations.run(args.ablations, Recipe(repeats=args.repeats, epochs=args.epochs))
+    recipe = Recipe(width=args.width, repeats=args.repeats, epochs=args.epochs)
+    report = ablations.run(args.ablations, recipe)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2))
     if args.plot:

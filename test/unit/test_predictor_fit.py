@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
-from sglang_star.predictor import dataset, metrics
+from sglang_star.predictor import dataset, metrics, size
 from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
 from sglang_star.predictor.fit import Recipe, fit
 from sglang_star.predictor.head import Head
-from sglang_star.predictor.samples import Samples, load_samples, write_shard
+from sglang_star.predictor.samples import RequestRecord, load_samples, write_shard
 from sglang_star.predictor.train import main as train
 from sglang_star.predictor.train import predict
 from unit import predictor_cases as cases
@@ -27,7 +28,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dataset.Split:
 
 @pytest.fixture(scope="module")
 def head(parts: dataset.Split) -> Head:
-    weights, _ = fit(parts.fit, Recipe(epochs=40, batch=256), quiet=True)
+    weights, _ = fit(parts.fit, Recipe(width=8, epochs=40, batch=256), quiet=True)
     return Head(cases.head().card, weights)
 
 
@@ -54,9 +55,42 @@ def test_some_outputs_were_cut_and_the_fit_reads_past_them(
     assert np.median(predict(head, late)[rows, -1]) > np.median(late.remaining[rows])
 
 
+def spread(signal: bool) -> list[RequestRecord]:
+    """Requests whose length is told, or not, by the 13th strongest direction of their state."""
+    generator = np.random.default_rng(1)
+    records = []
+    for record in cases.records(200, seed=3):
+        kind = np.log(len(record.output_ids)) - 4.0
+        state = generator.standard_normal(48)
+        state[12] = kind if signal else state[12]
+        state *= np.geomspace(40.0, 1.0, 48)
+        hidden = np.repeat(state[None], len(record.tokens), 0).astype(np.float16)
+        records.append(dataclasses.replace(record, hidden=hidden, pooled=hidden))
+    return records
+
+
+@pytest.mark.parametrize(("signal", "chosen"), [(True, 48), (False, 24)])
+def test_the_width_is_as_large_as_the_data_can_use(
+    tmp_path: Path, signal: bool, chosen: int
+) -> None:
+    write_shard(tmp_path / "shard-000000.safetensors", spread(signal))
+    samples = dataset.split(load_samples(tmp_path)).fit
+    recipe, tried = size.choose(samples, Recipe(batch=128), quiet=True)
+    assert recipe.width == chosen
+    assert tried[chosen] == min(tried.values())
+    assert set(tried) <= set(size.widths(48))
+
+
+def test_a_width_given_is_not_tried(parts: dataset.Split) -> None:
+    recipe = Recipe(width=7)
+    assert size.choose(parts.fit, recipe, quiet=True) == (recipe, {})
+    with pytest.raises(ValueError, match="width"):
+        fit(parts.fit, Recipe(), quiet=True)
+
+
 def test_same_seed_same_head(parts: dataset.Split) -> None:
-    first, _ = fit(parts.fit, Recipe(epochs=2), quiet=True)
-    again, _ = fit(parts.fit, Recipe(epochs=2), quiet=True)
+    first, _ = fit(parts.fit, Recipe(width=8, epochs=2), quiet=True)
+    again, _ = fit(parts.fit, Recipe(width=8, epochs=2), quiet=True)
     assert np.array_equal(first.w1, again.w1)
     assert np.array_equal(first.levels, again.levels)
 
@@ -125,7 +159,7 @@ def test_a_perfect_prediction_scores_perfectly(parts: dataset.Split) -> None:
 def test_running_means_repeat_the_engine(parts: dataset.Split) -> None:
     from sglang_star.predictor.estimator import fuse
 
-    some: Samples = parts.test.select(np.arange(len(parts.test.rids)) < 5)
+    some = parts.test.select(np.arange(len(parts.test.rids)) < 5)
     mean = np.zeros(cases.HIDDEN, np.float32)
     identity = np.eye(cases.HIDDEN, dtype=np.float32)
     found = dataset.inputs(some, mean, identity)

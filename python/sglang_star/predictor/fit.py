@@ -18,11 +18,12 @@ from torch.nn import functional
 
 from sglang_star.predictor import dataset, hazard
 from sglang_star.predictor.hazard import Array
-from sglang_star.predictor.head import FEATURES, Weights, budget
+from sglang_star.predictor.head import FEATURES, Weights
 from sglang_star.predictor.samples import Samples
 from sglang_star.protocol import QUANTILE_LEVELS
 
 FOLDS: Final = 5
+LEAST_INNER: Final = 32
 
 PARTS: Final = ("now", "mean", "first", "counts")
 """Parts of a member's input: projections latest, mean so far and at prefill; what is free."""
@@ -30,9 +31,12 @@ PARTS: Final = ("now", "mean", "first", "counts")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Hyperparameters; ``width`` and ``inner`` 0 size the head from the data.
+    """Hyperparameters.
 
     Attributes:
+        width: numbers per request from the device half; 0 leaves it to :mod:`size`, which
+            :func:`fit` does not call.
+        inner: width of a member's inner layer; 0 is the projection's, at least ``LEAST_INNER``.
         repeats: how often the folds are drawn; five members each.
         parts: of ``PARTS``, what the members may use.
         input_dropout, inner_dropout, weight_decay: what keeps a few hundred requests from being
@@ -120,9 +124,11 @@ class Inputs:
     def of(cls, samples: Samples, recipe: Recipe) -> Inputs:
         """Project, standardise and deal into folds."""
         requests = len(samples.rids)
-        width, inner = budget(samples.hidden.shape[1], requests)
-        mean, projection = dataset.project(samples, recipe.width or width)
-        width, inner = projection.shape[1], recipe.inner or inner
+        if not recipe.width:
+            raise ValueError("a head's width must be chosen before it is fitted")
+        mean, projection = dataset.project(samples, recipe.width)
+        width = projection.shape[1]
+        inner = recipe.inner or max(LEAST_INNER, width)
         x = dataset.columns(dataset.inputs(samples, mean, projection))
         center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
         # A feature that never varied was never learnt: it must not act when it varies in service.
@@ -148,10 +154,7 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
         recipe: hyperparameters and seed.
         quiet: no progress on stderr.
     """
-    inputs = Inputs.of(samples, recipe)
-    edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
-    exposure, event = targets(samples, edges)
-    model, curves = train(inputs, _prior(exposure, event), nll, (exposure, event), recipe, quiet)
+    inputs, edges, model, curves = _survival(samples, recipe, quiet)
     with torch.no_grad():
         left_out = _left_out(model, inputs)
     age_edges, age_quantiles = dataset.by_age(samples, np.array(QUANTILE_LEVELS))
@@ -169,6 +172,23 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
         age_quantiles=age_quantiles,
     )
     return weights, curves
+
+
+def trial(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> float:
+    """Left-out loss of a recipe, nats per sample: the lowest mean over its members."""
+    _, _, _, curves = _survival(samples, recipe, quiet)
+    return min(curves.held_out)
+
+
+def _survival(
+    samples: Samples, recipe: Recipe, quiet: bool
+) -> tuple[Inputs, Array, Ensemble, Curves]:
+    """Train on the survival likelihood; also the inputs and the bin edges."""
+    inputs = Inputs.of(samples, recipe)
+    edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
+    exposure, event = targets(samples, edges)
+    model, curves = train(inputs, _prior(exposure, event), nll, (exposure, event), recipe, quiet)
+    return inputs, edges, model, curves
 
 
 def _used(recipe: Recipe, width: int) -> Array:

@@ -7,7 +7,6 @@ free, and gives quantiles; it is an ensemble of small networks, evaluated for a 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -192,13 +191,3 @@ def builtin(fingerprint: ModelFingerprint) -> Head:
         hint="launch with --star-predictor off, or make one with `star predictor collect` and "
         "`star predictor train` and name it with --star-predictor",
     )
-
-
-def budget(hidden_size: int, requests: int) -> tuple[int, int]:
-    """Size a head: projected width and inner width, from the model and the amount of data.
-
-    The number of requests, not of samples, bounds what can be learnt: samples of one request
-    share one outcome.
-    """
-    width = min(72, hidden_size, 24 * max(1, round(math.sqrt(requests) / 30)))
-    return width, max(32, width)

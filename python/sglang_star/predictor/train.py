@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_star.predictor import dataset, figures, metrics
+from sglang_star.predictor import dataset, figures, metrics, size
 from sglang_star.predictor.baselines import ByAge
 from sglang_star.predictor.fit import Recipe, fit
 from sglang_star.predictor.hazard import Array
@@ -27,13 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, manifest = describe(args.samples)
     parts, _ = load_split(args.samples, args.sources, args.hold_out_source)
     recipe = Recipe(seed=args.seed, width=args.width, epochs=args.epochs)
+    recipe, tried = size.choose(parts.fit, recipe)
     weights, curves = fit(parts.fit, recipe)
     card = HeadCard(
         model=args.name or manifest["model"],
         fingerprint=model,
         provenance=manifest
         | volume(parts)
-        | {"recipe": dataclasses.asdict(recipe), "held_out_sources": args.hold_out_source},
+        | {
+            "recipe": dataclasses.asdict(recipe),
+            "left_out_loss_by_width": {str(width): loss for width, loss in tried.items()},
+            "held_out_sources": args.hold_out_source,
+        },
         metrics={},
     )
     head = Head(card, weights)
@@ -58,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--out", required=True, type=Path, help="the head, .safetensors")
     result.add_argument("--name", help="model name to record [folder name of the model]")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--width", type=int, default=0, help="projected size [from the data]")
+    result.add_argument("--width", type=int, default=0, help="projected size [by trial]")
     result.add_argument("--epochs", type=int, default=120, help="at most [120]")
     result.add_argument(
         "--hold-out-source",
