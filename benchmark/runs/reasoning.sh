@@ -14,7 +14,7 @@ mkdir -p "$out"
 model=${MODEL:-$out/model}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python=${PYTHON:-python}
-reasoning() { "$python" -m sglang_star_bench.reasoning "$@"; }
+reasoning() { "$python" -m sglang_star.cli bench reasoning "$@"; }
 
 train() { reasoning train --out "$out/model" | tee -a "$out/train.log"; }
 check() { reasoning check --model "$model" --json "$out/check.json"; }

@@ -61,6 +61,10 @@ STAR: Final = Group(
                 "attention": Command("decode on a CPU", "sglang_star_bench.attention"),
                 "kv-copy": Command("copying KV pages", "sglang_star_bench.kv_copy"),
                 "predictor": Command("time per step of the head", "sglang_star_bench.predictor"),
+                "reasoning": Command(
+                    "make and examine the small reasoning model",
+                    "sglang_star_bench.reasoning.command",
+                ),
                 "router": Command("time per request of the router", "sglang_star_bench.router"),
             },
         ),

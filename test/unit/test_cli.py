@@ -39,6 +39,7 @@ def test_every_documented_command_exists() -> None:
         "attention",
         "kv-copy",
         "predictor",
+        "reasoning",
         "router",
     ]
     predictor = ("collect", "train", "eval")

@@ -1,4 +1,4 @@
-"""``python -m sglang_star_bench.reasoning train|prompts|check``."""
+"""``star bench reasoning train|prompts|check``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import gzip
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_star.errors import ConfigError, StarError
+from sglang_star.errors import ConfigError
 from sglang_star_bench.reasoning.check import attempt, forced_loss, held_back, summary
 from sglang_star_bench.reasoning.model import WEIGHTS
 from sglang_star_bench.reasoning.recipe import Recipe
@@ -22,7 +21,7 @@ NUMBERS = ("seed", "width", "layers", "tokens", "batch_tokens", "rate")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="python -m sglang_star_bench.reasoning")
+    result = argparse.ArgumentParser(prog="star bench reasoning")
     commands = result.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="make the model; continues where it stopped")
     train.add_argument("--out", required=True, type=Path, help="folder of the model")
@@ -88,11 +87,3 @@ def report(args: argparse.Namespace) -> None:
         )
     if args.json:
         args.json.write_text(json.dumps(families, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except StarError as error:
-        print(f"{error.message}\n{error.hint or ''}".rstrip(), file=sys.stderr)
-        sys.exit(2)
