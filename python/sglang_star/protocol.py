@@ -20,7 +20,7 @@ import msgspec
 
 from sglang_star.errors import MalformedMessage, VersionMismatch
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 QUANTILE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Levels of every remaining-length estimate on the wire; index 2 is the point estimate."""
@@ -42,10 +42,12 @@ class RequestStatus(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
         max_new_tokens: the client's limit on output tokens.
         remaining: remaining output tokens at :data:`QUANTILE_LEVELS`; empty if no estimate.
         home: instance id that owns the client's stream; differs from the publisher for a guest.
-        state: migration state, lower case (``running`` when no move is under way).
+        state: migration state, lower case; when no move is under way ``running`` (decoding, and
+            can move), ``joining`` (its KV is arriving from prefill, or it starts with the next
+            step) or ``queued``.
         pinned: why the request cannot move; empty when it can.
         moves: how many times it has moved so far.
-        queued: True while it waits for admission and holds no KV yet.
+        queued: True while it holds no KV: it waits for admission, or was retracted.
     """
 
     rid: str
@@ -101,9 +103,11 @@ class InstanceStatus(Message, frozen=True):
         role: ``aggregated``, ``prefill`` or ``decode``.
         wall_s, monotonic_s: sender's clocks at the time of the snapshot, seconds.
         step_ms_ema, step_ms_p99: decode step time, exponential mean and recent P99.
-        kv_capacity_tokens: size of the KV pool; kv_used_tokens: not free and not evictable;
-            kv_reserved_tokens: held for guests that are being received.
-        running, queued, retracted: request counts now; retractions: total since start.
+        kv_capacity_tokens: size of the KV pool; kv_used_tokens: not free, not evictable and not
+            reserved; kv_reserved_tokens: held for guests that are being received.
+        running, queued, retracted: request counts now, no request in two of them: admitted ones
+            (decoding or joining), ones that wait for admission, ones that wait to resume;
+            retractions: total since start.
         draining: no new work is wanted.
         requests: every running request, then the queued ones.
         recent_moves: moves whose home is this instance and that ended in the last 10 s;

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
+RUNNING, JOINING, QUEUED = "running", "joining", "queued"
+"""State of a request that is not moving: decoding, about to, waiting to be admitted or resumed."""
+
 EMA_WEIGHT = 0.1
 WINDOW = 256
 
@@ -92,9 +95,12 @@ class StatusReporter:
         """The status now; every call has a new sequence number."""
         self._sequence += 1
         scheduler = self._scheduler
-        running = [self._describe(req, queued=False) for req in self._running()]
-        queued = [self._describe(req, queued=True) for req in self._queued()]
+        running = [self._describe(req, RUNNING) for req in self._running()]
+        running += [self._describe(req, JOINING) for req in self._joining()]
+        queued = [self._describe(req, QUEUED) for req in self._queued()]
+        retracted = [self._describe(req, QUEUED) for req in self._retracted()]
         arriving = [guest.req for guest in self._guests.arriving() if guest.req]
+        reserved = sum(int(req.kv.kv_allocated_len) for req in arriving)
         return InstanceStatus(
             instance_id=self._peer.instance_id,
             incarnation=self._peer.incarnation,
@@ -105,14 +111,14 @@ class StatusReporter:
             step_ms_ema=self._timer.ema_ms,
             step_ms_p99=self._timer.p99_ms,
             kv_capacity_tokens=self._pages.capacity,
-            kv_used_tokens=max(0, self._pages.capacity - self._pages.free),
-            kv_reserved_tokens=sum(int(req.kv.kv_allocated_len) for req in arriving),
+            kv_used_tokens=max(0, self._pages.capacity - self._pages.free - reserved),
+            kv_reserved_tokens=reserved,
             running=len(running),
             queued=len(queued),
-            retracted=len(self._retracted()),
+            retracted=len(retracted),
             retractions=self.retractions,
             draining=self._guests.draining,
-            requests=(*running, *queued),
+            requests=(*running, *queued, *retracted),
             recent_moves=self._log.recent(),
             move_outcomes=dict(self._log.outcomes),
             predictor_fallbacks=runner.fallbacks,
@@ -131,17 +137,21 @@ class StatusReporter:
                     seen.add(id(req))
                     yield req
 
+    def _joining(self) -> Iterator[Req]:
+        """Admitted, holding KV, and not decoding yet: SGLang keeps a reserve for these too."""
+        scheduler = self._scheduler
+        if scheduler.disaggregation_mode == DisaggregationMode.DECODE:
+            yield from (waiting.req for waiting in scheduler.disagg_decode_transfer_queue.queue)
+            yield from scheduler.waiting_queue
+
     def _queued(self) -> Iterator[Req]:
         scheduler = self._scheduler
-        yield from scheduler.waiting_queue
-        yield from self._retracted()
         if scheduler.disaggregation_mode == DisaggregationMode.DECODE:
-            for queue in (
-                scheduler.disagg_decode_prealloc_queue,
-                scheduler.disagg_decode_transfer_queue,
-            ):
-                yield from (waiting.req for waiting in queue.queue)
-        elif scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
+            prealloc = scheduler.disagg_decode_prealloc_queue
+            yield from (waiting.req for waiting in prealloc.queue)
+            return
+        yield from scheduler.waiting_queue
+        if scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
             yield from scheduler.disagg_prefill_bootstrap_queue.queue
 
     def _retracted(self) -> list[Req]:
@@ -149,7 +159,7 @@ class StatusReporter:
             return list(self._scheduler.disagg_decode_prealloc_queue.retracted_queue)
         return []
 
-    def _describe(self, req: Req, *, queued: bool) -> RequestStatus:
+    def _describe(self, req: Req, state: str) -> RequestStatus:
         guest = self._guests.by_rid.get(req.rid)
         move = next((m for m in self._source.moves.values() if m.req is req), None)
         return RequestStatus(
@@ -159,8 +169,8 @@ class StatusReporter:
             max_new_tokens=req.sampling_params.max_new_tokens,
             remaining=tuple(getattr(req, ESTIMATE, ())),
             home=(guest.reserve.home if guest else self._peer).instance_id,
-            state=move.machine.state.value if move else "running",
+            state=move.machine.state.value if move else state,
             pinned=self._pages.unsupported or codec.pinned(req),
             moves=getattr(req, MOVES, 0),
-            queued=queued,
+            queued=state == QUEUED,
         )

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
+DRAIN = "drain"
+"""Reason of moves off an instance that is to go: better here and retracted than lost with it."""
+
 HEADROOM_TOKENS = 64
 """Free KV a target keeps beyond a guest's context, so that it can decode at all."""
 
@@ -103,10 +106,16 @@ class Arrivals:
         busy = len(scheduler.running_batch.reqs) + len(arriving)
         if busy >= scheduler.max_running_requests or not scheduler.req_to_token_pool.free_slots:
             raise OrderRefused("no request slot is free")
+        if waiting := batch.waiting_for_memory(scheduler):
+            raise OrderRefused(f"KV memory is full: {waiting} requests wait for it here")
         promised = sum(guest.reserve.context_tokens for guest in arriving)
-        if self._pages.free - promised < message.context_tokens + HEADROOM_TOKENS:
+        kept = HEADROOM_TOKENS
+        if message.reason != DRAIN:
+            kept = max(kept, batch.reserve_after(scheduler, len(arriving) + 1))
+        if self._pages.free - promised < message.context_tokens + kept:
             raise OrderRefused(
-                f"KV memory is full: {self._pages.free} tokens free, {promised} of them promised"
+                f"KV memory is full: {self._pages.free} tokens free, {promised} of them promised, "
+                f"{kept} kept for requests to grow"
             )
 
     def _rebuild(self, guest: Guest) -> None:

@@ -32,6 +32,26 @@ def is_running(scheduler: Scheduler, req: Req) -> bool:
     return not req.finished() and any(req is other for other in scheduler.running_batch.reqs)
 
 
+def waiting_for_memory(scheduler: Scheduler) -> int:
+    """Requests of a decode instance that were retracted and wait for KV memory to resume."""
+    queue = getattr(scheduler, "disagg_decode_prealloc_queue", None)
+    return len(queue.retracted_queue) if queue is not None else 0
+
+
+def reserve_after(scheduler: Scheduler, guests: int) -> int:
+    """KV tokens a decode instance wants free once ``guests`` more requests are there.
+
+    SGLang admits and resumes nobody into so many tokens per active request, since those that run
+    will grow into them. Zero elsewhere: an aggregated instance admits by another rule.
+    """
+    queue = getattr(scheduler, "disagg_decode_prealloc_queue", None)
+    if queue is None:
+        return 0
+    transfers = len(scheduler.disagg_decode_transfer_queue.queue)
+    active = len(scheduler.running_batch.reqs) + transfers + len(scheduler.waiting_queue) + guests
+    return int(queue.num_reserved_decode_tokens) * active
+
+
 def park(scheduler: Scheduler, req: Req) -> None:
     """Take the request out of the running batch; a step already in flight still counts."""
     scheduler.running_batch.filter_batch(reqs_to_exclude=[req])
