@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sglang_star.predictor import dataset, fit, metrics, size
-from sglang_star.predictor.fit import Recipe
+from sglang_star.predictor.fit import PARTS, Recipe
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
 from sglang_star.predictor.samples import Samples, describe, load_samples
@@ -64,11 +64,13 @@ def variants(base: Recipe) -> Iterator[Variant]:
             yield change("width", f"projection to {width}", width=width)
     for inner in (8, 128):
         yield change("width", f"inner layer of {inner}", inner=inner)
-    yield change("features", "no hidden state", parts=("counts",))
-    yield change("features", "no counts", parts=("now", "mean", "first"))
-    yield change("fusion", "latest state only", parts=("now", "counts"))
-    yield change("fusion", "latest and mean", parts=("now", "mean", "counts"))
-    yield change("fusion", "latest and first", parts=("now", "first", "counts"))
+    yield change("features", "no hidden state", parts=("counts", "echo"))
+    yield change("features", "no counts", parts=tuple(p for p in PARTS if p != "counts"))
+    yield change("features", "no echo", parts=tuple(p for p in PARTS if p != "echo"))
+    yield change("fusion", "latest state only", parts=("now", "counts", "echo"))
+    yield change("fusion", "recent mean only", parts=("recent", "counts", "echo"))
+    for part in ("now", "recent", "mean", "first"):
+        yield change("fusion", f"without {part}", parts=tuple(p for p in PARTS if p != part))
     yield Variant("loss", "absolute error of a point", base, point=True)
     yield change("dropout", "a quarter of it", input_dropout=0.1, inner_dropout=0.125)
     for interval in (40, 80):

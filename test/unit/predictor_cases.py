@@ -10,7 +10,7 @@ import numpy as np
 
 from sglang_star.predictor.fingerprint import ModelFingerprint
 from sglang_star.predictor.hazard import bin_edges
-from sglang_star.predictor.head import FEATURES, Head, HeadCard, Weights
+from sglang_star.predictor.head import BLOCKS, FEATURES, Head, HeadCard, Weights
 from sglang_star.predictor.prompts import prompt_key
 from sglang_star.predictor.samples import RequestRecord
 from sglang_star.protocol import QUANTILE_LEVELS
@@ -65,7 +65,7 @@ def head(width: int = 4, fingerprint: ModelFingerprint = MODEL, seed: int = 0) -
     weights = Weights(
         mean=draw(fingerprint.hidden_size),
         projection=draw(fingerprint.hidden_size, width),
-        w1=draw(members, 3 * width + FEATURES, inner),
+        w1=draw(members, BLOCKS * width + FEATURES, inner),
         b1=draw(members, 1, inner),
         w2=draw(members, inner, bins),
         b2=draw(members, 1, bins) - 2.0,

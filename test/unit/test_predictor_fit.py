@@ -97,11 +97,10 @@ def test_same_seed_same_head(parts: dataset.Split) -> None:
 
 def test_a_feature_that_never_varied_does_not_act(parts: dataset.Split, head: Head) -> None:
     x = dataset.inputs(parts.test, head.weights.mean, head.weights.projection)
-    other = x.counts.copy()
+    states = (x.now, x.recent, x.mean, x.first)
+    other = x.features.copy()
     other[:, 2] *= 8  # every request was collected with one max_new_tokens
-    assert np.array_equal(
-        head.logits(x.now, x.mean, x.first, x.counts), head.logits(x.now, x.mean, x.first, other)
-    )
+    assert np.array_equal(head.logits(*states, x.features), head.logits(*states, other))
 
 
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"paper", "auxiliary"}))
@@ -171,4 +170,5 @@ def test_running_means_repeat_the_engine(parts: dataset.Split) -> None:
             for _ in range(1 if row == rows[0] else cases.INTERVAL):
                 fusion = fuse(req, some.pooled[row].astype(np.float32))
             assert fusion.mean == pytest.approx(found.mean[row], abs=1e-3)
+            assert fusion.recent == pytest.approx(found.recent[row], abs=1e-3)
             assert fusion.first == pytest.approx(found.first[row], abs=1e-3)

@@ -32,9 +32,9 @@ def path(tmp_path: Path) -> Path:
 def test_a_head_survives_its_file(path: Path) -> None:
     written, read = cases.head(), heads.load(path)
     generator = np.random.default_rng(1)
-    x = [generator.standard_normal((3, 4)).astype(np.float32) for _ in range(3)]
-    counts = np.array([[1.0, 10, 100]] * 3)
-    assert np.array_equal(written.logits(*x, counts), read.logits(*x, counts))
+    x = [generator.standard_normal((3, 4)).astype(np.float32) for _ in range(4)]
+    features = np.array([[1.0, 10, 100, 0.5]] * 3)
+    assert np.array_equal(written.logits(*x, features), read.logits(*x, features))
     assert read.card == written.card
     assert read.parameters == written.parameters
 
@@ -116,7 +116,7 @@ def test_the_fingerprint_ignores_dtype_and_sees_fine_tuning() -> None:
 def test_the_automatic_size_stays_under_the_parameter_bar(hidden: int) -> None:
     width = max(size.widths(hidden))
     inner = max(LEAST_INNER, width)
-    inputs, bins, members = 3 * width + heads.FEATURES, 32, FOLDS * Recipe().repeats
+    inputs, bins, members = heads.BLOCKS * width + heads.FEATURES, 32, FOLDS * Recipe().repeats
     parameters = hidden * (width + 1) + members * (inputs * inner + inner + inner * bins + bins)
     assert parameters <= MOST_PARAMETERS
 

@@ -71,7 +71,7 @@ def test_a_non_finite_state_falls_back_to_age_and_is_counted(bad: float) -> None
 
 
 def test_a_moved_request_goes_on_as_if_it_had_stayed() -> None:
-    stayed, moved, target = (cases.request() for _ in range(3))
+    stayed, moved, target = (cases.request(output=6) for _ in range(3))
     estimator = Estimator(cases.head())
     for step in range(5):
         estimator.step(rows(2, step)[[0, 0]], [stayed, moved], [step + 1] * 2)
@@ -102,7 +102,7 @@ def encoded(steps: int, first: list[float], total: list[float], estimate: list[f
     def pack(values: list[float]) -> bytes:
         return np.array(values, "<f4").tobytes()
 
-    return msgspec.msgpack.encode([steps, pack(first), pack(total), estimate])
+    return msgspec.msgpack.encode([steps, pack(first), pack(first), pack(total), estimate])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,8 @@ def encoded(steps: int, first: list[float], total: list[float], estimate: list[f
     [
         b"\x00",
         b"garbage",
-        msgspec.msgpack.encode([1, b"abc", b"abc", []]),
+        msgspec.msgpack.encode([1, b"abc", b"abc", b"abc", []]),
+        msgspec.msgpack.encode([1, bytes(4), bytes(8), bytes(4), []]),
         encoded(0, [1.0], [1.0], []),
         encoded(1, [], [], []),
         encoded(1, [1.0], [1.0, 2.0], []),

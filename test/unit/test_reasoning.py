@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
-from sglang_star_bench.reasoning import command
-from sglang_star_bench.reasoning import check, model, tasks
+from sglang_star_bench.reasoning import check, command, model, tasks
 from sglang_star_bench.reasoning.recipe import MIXES, Recipe
 from sglang_star_bench.reasoning.tasks import FAMILIES, Problem
 

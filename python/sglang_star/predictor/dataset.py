@@ -10,9 +10,11 @@ from typing import Final
 import numpy as np
 
 from sglang_star.errors import ConfigError
+from sglang_star.predictor import echo
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.prompts import split_of
 from sglang_star.predictor.samples import Samples
+from sglang_star.predictor.state import FADE
 
 FEWEST_REQUESTS: Final = 20
 """Fewer requests than this in a split and nothing said about it would mean anything."""
@@ -114,14 +116,14 @@ def thinned(samples: Samples, interval: int) -> Samples:
 
 def _pooled_over(samples: Samples, rows: Array) -> Array:
     """Mean states since the sample kept before, from those since the sample before."""
-    steps = _steps(samples)
+    each = steps(samples)
     group = np.concatenate([[0], np.cumsum(rows)[:-1]])[: len(rows)]
     inside = group < rows.sum()
     total = np.zeros((int(rows.sum()), samples.pooled.shape[1]), np.float32)
     # Samples after the last one kept of a request belong to the next group: leave them out.
     inside &= samples.request == samples.request[rows][np.minimum(group, len(total) - 1)]
-    np.add.at(total, group[inside], samples.pooled[inside].astype(np.float32) * steps[inside, None])
-    weight = np.bincount(group[inside], steps[inside], minlength=len(total))
+    np.add.at(total, group[inside], samples.pooled[inside].astype(np.float32) * each[inside, None])
+    weight = np.bincount(group[inside], each[inside], minlength=len(total))
     return (total / weight[:, None]).astype(np.float16)
 
 
@@ -130,25 +132,38 @@ class Inputs:
     """What the host half of a head sees for every sample; see ``Head.logits``."""
 
     now: Array
+    recent: Array
     mean: Array
     first: Array
-    counts: Array
+    features: Array
 
 
 def inputs(samples: Samples, mean: Array, projection: Array) -> Inputs:
     """Repeat on a collection what the engine computes step by step."""
     project = _Projector(mean, projection)
-    now = project(samples.hidden)
-    counts = np.stack(
+    now, pooled = project(samples.hidden), project(samples.pooled)
+    begin = starts(samples)
+    ends = np.append(begin[1:], len(samples.tokens))
+    repeated = [
+        echo.shares(ids, samples.tokens[low:high])
+        for ids, low, high in zip(samples.output_ids, begin, ends, strict=True)
+    ]
+    features = np.stack(
         [
             samples.tokens,
             samples.prompt_tokens[samples.request],
             samples.max_new_tokens[samples.request],
+            np.concatenate(repeated),
         ],
         axis=1,
     ).astype(np.float64)
-    first = now[starts(samples)[samples.request]]
-    return Inputs(now, _running_mean(project(samples.pooled), samples), first, counts)
+    return Inputs(
+        now,
+        _recent_mean(pooled, samples),
+        _running_mean(pooled, samples),
+        now[begin[samples.request]],
+        features,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,59 +188,26 @@ def starts(samples: Samples) -> Array:
 def _running_mean(pooled: Array, samples: Samples) -> Array:
     """Mean over all tokens so far, from means over the tokens since the sample before."""
     begin = starts(samples)[samples.request]
-    total = np.cumsum(pooled * _steps(samples)[:, None], axis=0, dtype=np.float64)
+    total = np.cumsum(pooled * steps(samples)[:, None], axis=0, dtype=np.float64)
     before = np.concatenate([np.zeros((1, total.shape[1])), total])[begin]
     return ((total - before) / samples.tokens[:, None]).astype(np.float32)
 
 
-def _steps(samples: Samples) -> Array:
+def _recent_mean(pooled: Array, samples: Samples) -> Array:
+    """``Fusion.recent`` as far as means over the tokens between two samples tell it."""
+    begins = np.isin(np.arange(len(pooled)), starts(samples))
+    keep = np.where(begins, 0.0, FADE ** steps(samples)).astype(np.float32)
+    recent = pooled.copy()
+    for i in np.flatnonzero(~begins):
+        recent[i] += keep[i] * (recent[i - 1] - pooled[i])
+    return recent
+
+
+def steps(samples: Samples) -> Array:
     """Tokens since the sample before."""
     steps = np.diff(samples.tokens, prepend=0)
     steps[starts(samples)] = 1
     return steps
-
-
-def project(samples: Samples, width: int) -> tuple[Array, Array]:
-    """Mean and projection of hidden states for a head of ``width`` numbers per request.
-
-    A third each are the strongest principal directions of all states, of the requests' mean states
-    and of the states at prefill: what differs between requests is what tells their lengths apart,
-    and much of what differs between the tokens of one is not. Made orthogonal, unit variance each.
-
-    Returns:
-        ``[d]`` and ``[d, width]`` float32; fewer directions if the states have fewer.
-    """
-    begin = starts(samples)
-    weight = _steps(samples)[:, None]
-    tokens = np.add.reduceat(weight, begin)
-    means = np.add.reduceat(samples.pooled.astype(np.float32) * weight, begin) / tokens
-    sets = (samples.hidden, means, samples.hidden[begin])
-    shares = [width - 2 * (width // 3), width // 3, width // 3]
-    found = [_directions(states, share) for states, share in zip(sets, shares, strict=True)]
-    basis, triangle = np.linalg.qr(np.concatenate(found, axis=1))
-    sound = np.abs(np.diag(triangle)) > 1e-6  # what an earlier direction did not hold already
-    basis = basis[:, sound]
-    mean, covariance = _moments(samples.hidden)
-    scale = np.sqrt(np.einsum("dm,de,em->m", basis, covariance, basis))
-    kept = scale > 1e-6 * scale.max()
-    return mean.astype(np.float32), (basis[:, kept] / scale[kept]).astype(np.float32)
-
-
-def _directions(states: Array, count: int) -> Array:
-    """The strongest principal directions, ``[d, count]``."""
-    _, covariance = _moments(states)
-    _, vectors = np.linalg.eigh(covariance)
-    return np.asarray(vectors[:, ::-1][:, :count])
-
-
-def _moments(states: Array, rows: int = 65536) -> tuple[Array, Array]:
-    """Mean ``[d]`` and covariance ``[d, d]``, without a copy of all states in double precision."""
-    mean = states.mean(axis=0, dtype=np.float64)
-    covariance = np.zeros((len(mean), len(mean)))
-    for i in range(0, len(states), rows):
-        part = states[i : i + rows].astype(np.float64) - mean
-        covariance += part.T @ part
-    return mean, covariance / len(states)
 
 
 def survival_quantiles(values: Array, censored: Array, levels: Array) -> Array:
@@ -270,4 +252,5 @@ def by_age(samples: Samples, levels: Array) -> tuple[Array, Array]:
 
 def columns(x: Inputs) -> Array:
     """Concatenate in the order of ``Weights.w1``."""
-    return np.concatenate([x.now, x.mean, x.first, np.log1p(x.counts)], axis=1, dtype=np.float32)
+    parts = [x.now, x.recent, x.mean, x.first, np.log1p(x.features)]
+    return np.concatenate(parts, axis=1, dtype=np.float32)

@@ -38,32 +38,34 @@ class Estimator:
             return
         grown = [reqs[i] for i in chosen]
         now = rows[chosen]
-        counts = np.array(
+        features = np.array(
             [
-                (visible[i], len(req.origin_input_ids), req.sampling_params.max_new_tokens)
+                (visible[i], len(req.origin_input_ids), req.sampling_params.max_new_tokens, 0.0)
                 for i, req in zip(chosen, grown, strict=True)
             ],
             np.float64,
         )
-        estimates = self._estimate(now, grown, counts)
-        room = np.maximum(counts[:, 2] - counts[:, 0], 0.0)
+        estimates = self._estimate(now, grown, features)
+        room = np.maximum(features[:, 2] - features[:, 0], 0.0)
         # Ascending by construction; the limit keeps the order.
         for req, values in zip(grown, np.clip(estimates, 0.0, room[:, None]).tolist(), strict=True):
             setattr(req, state.ESTIMATE, tuple(values))
 
-    def _estimate(self, now: Array, reqs: Sequence[Any], counts: Array) -> Array:
+    def _estimate(self, now: Array, reqs: Sequence[Any], features: Array) -> Array:
         sound = np.asarray(np.isfinite(now).all(axis=1))
         if not sound.all():
             now = np.where(sound[:, None], now, np.float32(0.0))
-        mean, first = now.copy(), now.copy()
+        recent, mean, first = now.copy(), now.copy(), now.copy()
         for i in np.flatnonzero(sound):
             fusion = fuse(reqs[i], now[i])
-            mean[i], first[i] = fusion.mean, fusion.first
-        estimates = self._head.quantiles(self._head.logits(now, mean, first, counts))
+            recent[i], mean[i], first[i] = fusion.recent, fusion.mean, fusion.first
+            features[i, 3] = fusion.echo.share(reqs[i].output_ids, int(features[i, 0]))
+        logits = self._head.logits(now, recent, mean, first, features)
+        estimates = self._head.quantiles(logits)
         lost = ~(sound & np.asarray(np.isfinite(estimates).all(axis=1)))
         if lost.any():
             self.fallbacks += int(lost.sum())
-            estimates[lost] = self._head.by_age(counts[lost, 0])
+            estimates[lost] = self._head.by_age(features[lost, 0])
         return estimates
 
 

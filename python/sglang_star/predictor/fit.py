@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from sglang_star.predictor import dataset, hazard
+from sglang_star.predictor import dataset, hazard, projection
 from sglang_star.predictor.hazard import Array
-from sglang_star.predictor.head import FEATURES, Weights
+from sglang_star.predictor.head import BLOCKS, FEATURES, Weights
 from sglang_star.predictor.samples import Samples
 from sglang_star.protocol import QUANTILE_LEVELS
 
 FOLDS: Final = 5
 LEAST_INNER: Final = 32
 
-PARTS: Final = ("now", "mean", "first", "counts")
-"""Parts of a member's input: projections latest, mean so far and at prefill; what is free."""
+PARTS: Final = ("now", "recent", "mean", "first", "counts", "echo")
+"""Parts of a member's input: projections latest, recent, mean so far and at prefill; what is known
+for free, and how much of the output repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +127,10 @@ class Inputs:
         requests = len(samples.rids)
         if not recipe.width:
             raise ValueError("a head's width must be chosen before it is fitted")
-        mean, projection = dataset.project(samples, recipe.width)
-        width = projection.shape[1]
+        mean, basis = projection.project(samples, recipe.width)
+        width = basis.shape[1]
         inner = recipe.inner or max(LEAST_INNER, width)
-        x = dataset.columns(dataset.inputs(samples, mean, projection))
+        x = dataset.columns(dataset.inputs(samples, mean, basis))
         center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
         # A feature that never varied was never learnt: it must not act when it varies in service.
         acts = (scale > 1e-5 * (1.0 + np.abs(center))) & _used(recipe, width)
@@ -138,7 +139,7 @@ class Inputs:
         folds = [generator.permutation(np.arange(requests) % FOLDS) for _ in range(recipe.repeats)]
         trains = np.stack([fold != left for fold in folds for left in range(FOLDS)])
         x = ((x - center) * gain).astype(np.float32)
-        return cls(mean, projection, x, center, gain, inner, trains[:, samples.request])
+        return cls(mean, basis, x, center, gain, inner, trains[:, samples.request])
 
     def again(self, samples: Samples) -> torch.Tensor:
         """Other samples, seen the same way."""
@@ -193,7 +194,7 @@ def _survival(
 
 def _used(recipe: Recipe, width: int) -> Array:
     """Which input columns the recipe lets act."""
-    sizes = [width, width, width, FEATURES]
+    sizes = [*[width] * BLOCKS, FEATURES - 1, 1]
     return np.repeat([part in recipe.parts for part in PARTS], sizes)
 
 

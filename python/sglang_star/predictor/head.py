@@ -20,12 +20,15 @@ from sglang_star.predictor.fingerprint import ModelFingerprint
 from sglang_star.predictor.hazard import Array
 from sglang_star.protocol import QUANTILE_LEVELS
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 CARD_KEY: Final = "star_head"
 HEADS: Final = Path(__file__).parent / "heads"
 
-FEATURES: Final = 3
-"""log(1 + x) of tokens so far, prompt length and max_new_tokens."""
+BLOCKS: Final = 4
+"""Projections of a request that the host half sees: now, recent, mean so far, at prefill."""
+
+FEATURES: Final = 4
+"""log(1 + x) of tokens so far, prompt length, max_new_tokens and the share of repeated output."""
 
 
 class HeadCard(msgspec.Struct, kw_only=True):
@@ -50,8 +53,8 @@ class Weights:
 
     Attributes:
         mean, projection: ``[d]``, ``[d, m]``, device half.
-        w1, b1, w2, b2: ``[e, 3m + FEATURES, i]``, ``[e, 1, i]``, ``[e, i, k]``, ``[e, 1, k]``;
-            inputs are the projection now, its mean so far, the first one, and the features.
+        w1, b1, w2, b2: ``[e, BLOCKS * m + FEATURES, i]``, ``[e, 1, i]``, ``[e, i, k]``,
+            ``[e, 1, k]``; inputs are the projections and the features.
         edges: ``[k + 1]`` bin edges, tokens.
         levels: ``[q]`` levels to read so that :data:`QUANTILE_LEVELS` are calibrated.
         age_edges, age_quantiles: ``[a]``, ``[a, q]``: quantiles of remaining length by tokens so
@@ -80,7 +83,7 @@ class Weights:
         bins, q = len(self.edges) - 1, len(QUANTILE_LEVELS)
         expected = {
             "mean": (d,),
-            "w1": (members, 3 * m + FEATURES, inner),
+            "w1": (members, BLOCKS * m + FEATURES, inner),
             "b1": (members, 1, inner),
             "w2": (members, inner, bins),
             "b2": (members, 1, bins),
@@ -115,15 +118,18 @@ class Head:
         w = self.weights
         return sum(a.size for a in (w.mean, w.projection, w.w1, w.b1, w.w2, w.b2))
 
-    def logits(self, now: Array, mean: Array, first: Array, features: Array) -> Array:
+    def logits(
+        self, now: Array, recent: Array, mean: Array, first: Array, features: Array
+    ) -> Array:
         """Hazard logits, ``[n, bins]``, averaged over the ensemble.
 
         Args:
-            now, mean, first: ``[n, m]`` projections: latest, mean so far, at prefill.
-            features: ``[n, FEATURES]`` raw counts: tokens so far, prompt, max_new_tokens.
+            now, recent, mean, first: ``[n, m]`` projections, as :class:`state.Fusion` keeps them.
+            features: ``[n, FEATURES]`` raw: tokens so far, prompt, max_new_tokens, echo.
         """
         w = self.weights
-        inputs = np.concatenate([now, mean, first, np.log1p(features)], axis=1, dtype=np.float32)
+        parts = [now, recent, mean, first, np.log1p(features)]
+        inputs = np.concatenate(parts, axis=1, dtype=np.float32)
         inner = np.maximum(inputs @ w.w1 + w.b1, 0.0)
         return np.asarray((inner @ w.w2 + w.b2).mean(axis=0))
 

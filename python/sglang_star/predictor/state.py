@@ -1,7 +1,8 @@
 """Temporal fusion: what is remembered of a request between steps, and how it moves with it.
 
-The head sees not only the latest projection of the hidden state but also its mean over the whole
-output and the one at prefill, so a request's memory is two short vectors and a count.
+The head sees not only the latest projection of the hidden state, most of which is the token it
+belongs to, but also its mean over the last fifty tokens or so, over the whole output, and the one
+at prefill. So a request's memory is three short vectors and a count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import msgspec
 import numpy as np
 
 from sglang_star.errors import MalformedMessage
+from sglang_star.predictor.echo import Echo
 from sglang_star.predictor.hazard import Array
 
 ATTRIBUTE: Final = "_star_fusion"
@@ -19,18 +21,31 @@ ESTIMATE: Final = "_star_estimate"
 MAX_WIDTH: Final = 4096
 
 
-class Fusion:
-    """Running mean of a request's projections, and its first one."""
+FADE: Final = 0.98
+"""What is left of a projection's weight in ``recent`` with every further token."""
 
-    __slots__ = ("first", "steps", "total")
+
+class Fusion:
+    """What is kept of a request's projections.
+
+    Attributes:
+        first: at prefill; recent: mean in which older ones fade; total: sum. ``[m]`` each.
+        steps: how many there were.
+        echo: of the output's tokens; rebuilt from them wherever the request goes.
+    """
+
+    __slots__ = ("echo", "first", "recent", "steps", "total")
 
     def __init__(self, first: Array) -> None:
         self.first = first.copy()
+        self.recent = first.copy()
         self.total = np.zeros_like(first)
         self.steps = 0
+        self.echo = Echo()
 
     def add(self, row: Array) -> None:
         """Take one step's projection, ``[m]``."""
+        self.recent += np.float32(1.0 - FADE) * (row - self.recent)
         self.total += row
         self.steps += 1
 
@@ -43,6 +58,7 @@ class Fusion:
 class _Wire(msgspec.Struct, array_like=True, frozen=True):
     steps: int
     first: bytes
+    recent: bytes
     total: bytes
     estimate: tuple[float, ...]
 
@@ -60,6 +76,7 @@ def export_state(req: Any) -> bytes:
         _Wire(
             fusion.steps,
             fusion.first.astype("<f4").tobytes(),
+            fusion.recent.astype("<f4").tobytes(),
             fusion.total.astype("<f4").tobytes(),
             getattr(req, ESTIMATE, ()),
         )
@@ -76,15 +93,18 @@ def import_state(req: Any, data: bytes) -> None:
         return
     try:
         wire = _decoder.decode(data)
-        first, total = (np.frombuffer(raw, "<f4") for raw in (wire.first, wire.total))
+        raw = (wire.first, wire.recent, wire.total)
+        first, recent, total = (np.frombuffer(part, "<f4") for part in raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise MalformedMessage(f"predictor state does not decode: {error}") from error
-    numbers = (*first, *total, *wire.estimate)
-    if wire.steps < 1 or first.shape != total.shape or not 0 < len(first) <= MAX_WIDTH:
+    numbers = (*first, *recent, *total, *wire.estimate)
+    sizes = {len(first), len(recent), len(total)}
+    if wire.steps < 1 or len(sizes) > 1 or not 0 < len(first) <= MAX_WIDTH:
         raise MalformedMessage("predictor state has impossible sizes")
     if not np.isfinite(numbers).all():
         raise MalformedMessage("predictor state is not finite")
     fusion = Fusion(first.astype(np.float32))
-    fusion.total, fusion.steps = total.astype(np.float32), wire.steps
+    fusion.recent, fusion.total = recent.astype(np.float32), total.astype(np.float32)
+    fusion.steps = wire.steps
     setattr(req, ATTRIBUTE, fusion)
     setattr(req, ESTIMATE, wire.estimate)

@@ -28,7 +28,7 @@ def step_ms(head: Head, batch: int, steps: int = STEPS) -> tuple[float, float]:
     static = torch.zeros(batch, len(weights.mean))
     projection, bias = torch.tensor(weights.projection), torch.zeros(head.width)
     projected = torch.zeros(batch, head.width)
-    estimator, reqs = Estimator(head), [_request() for _ in range(batch)]
+    estimator, reqs = Estimator(head), [_request(steps) for _ in range(batch)]
     times = np.zeros((steps, 2))
     for step in range(steps):
         started = time.thread_time()
@@ -41,8 +41,10 @@ def step_ms(head: Head, batch: int, steps: int = STEPS) -> tuple[float, float]:
     return float(device), float(host)
 
 
-def _request() -> Any:
+def _request(tokens: int) -> Any:
     """What the estimator reads of an SGLang request."""
     return SimpleNamespace(
-        origin_input_ids=[0] * 100, sampling_params=SimpleNamespace(max_new_tokens=1024)
+        origin_input_ids=[0] * 100,
+        output_ids=list(range(tokens)),
+        sampling_params=SimpleNamespace(max_new_tokens=1024),
     )
