@@ -5,8 +5,8 @@
 #   benchmark/runs/policy.sh TRACES OUT [PART...]
 #
 # TRACES holds servegen_r1_long3h.parquet and azure2023_conv.parquet under the names below; OUT
-# receives JSON and figures. Parts: small queued scenarios sensitivity timing sustain chat fleets
-# cards (default all).
+# receives JSON and figures. Parts: small queued scenarios reserve sensitivity timing sustain chat
+# fleets cards (default all).
 set -eu
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 traces=$1 out=$2
@@ -60,7 +60,19 @@ queued() { # every policy behind star's queue at the router
     grid queued --trace "$long" --decode 8 --loads 0.6,0.9,1.3 --seeds 3 $slow --policy \
         queued-round-robin+off,queued-least-requests+off,queued-least-tokens+off,queued-least-tokens+reactive,queued-least-tokens+star,star+off,star
 }
+reserve() { # SGLang's --num-reserved-decode-tokens, and how much of the memory star plans with
+    for tokens in 512 64 0; do
+        kept="--set config.reserved_tokens=$tokens --set star.reserved_tokens=$tokens"
+        grid "reserve-$tokens" --trace "$long" --decode 8 --loads 0.9,1.1,1.3,1.6 --seeds 3 $slow \
+            $kept --policy round-robin,least-tokens,reactive,star
+        for pressure in 0.95 1.0; do
+            grid "reserve-$tokens-pressure-$pressure" --trace "$long" --decode 8 \
+                --loads 0.9,1.1,1.3,1.6 --seeds 3 $slow $kept --policy star \
+                --set "star.admit_pressure=$pressure"
+        done
+    done
+}
 timing() { bench --decision-time 4,8,32,64,128,256 --json "$out/decision.json" --plot "$out/decision.png"; }
 
-[ $# -gt 0 ] || set -- small queued scenarios sensitivity timing sustain chat fleets cards
+[ $# -gt 0 ] || set -- small queued scenarios reserve sensitivity timing sustain chat fleets cards
 for part in "$@"; do "$part"; done

@@ -258,6 +258,8 @@ def train(
         ],
         lr=recipe.learning_rate,
     )
+    # Falling to nothing by the last epoch: dropout keeps a constant rate from ever settling.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
     best = torch.full((members,), float("inf"))
     since = torch.zeros(members)
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -271,6 +273,7 @@ def train(
             found.backward()
             optimizer.step()
             seen += float(found.detach()) * len(rows) / count / members
+        schedule.step()
         model.eval()
         with torch.no_grad():
             left = _left_out_loss(model, loss, data, 1.0 - used)
