@@ -46,7 +46,7 @@ held() { # heads and baselines that never saw a prompt of these sources
 }
 ablations() {
     made "$out/ablations.json" || star bench predictor --ablations "$out/samples" \
-        --json "$out/ablations.json" --plot "$out/ablations.png"
+        --model "$model" --json "$out/ablations.json" --plot "$out/ablations.png"
 }
 step() {
     made "$out/step.json" || star bench predictor --head "$out/head.safetensors" --model "$model" \

@@ -1,7 +1,8 @@
 """``star bench predictor --ablations SAMPLES``: what each part of the head's recipe is worth.
 
 Every variant is fitted on the requests that the head is fitted on, or fewer, and judged on the same
-held-back ones. The recorder sees the last layer only, so which layer is not among the variants.
+held-back ones. The recorder sees the last layer only; with the model at hand, :mod:`layers` gives
+the states of others.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
 from sglang_star.predictor.samples import Samples, describe, load_samples
 from sglang_star.predictor.train import predict
+from sglang_star_bench import layers
 
 FULL: Final = "full"
 NAME: Final = "ablation"
+LAYERS: Final = (0.25, 0.5, 0.75)
+"""Depths at which states are tried, as a share of all layers."""
+KEPT: Final = ("mae", "mae_ci", "c_index", "coverage", "coverage_open", "coverage_open_expected")
 WIDTHS: Final = (8, 16, 32, 64, 128, 256)
 
 Predict = Callable[[Samples], Array]
@@ -79,11 +84,16 @@ def variants(base: Recipe) -> Iterator[Variant]:
         yield Variant("size", f"1/{share} of the requests", base, share=share)
 
 
-def run(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def run(folder: Path, recipe: Recipe, model: Path | None = None) -> dict[str, Any]:
     """Fit and judge every variant; a line on the terminal for each.
 
+    Args:
+        folder: a collection.
+        recipe: the whole recipe; its width is chosen by trial if it has none.
+        model: the collection's model, to try its other layers; None leaves them out.
+
     Raises:
-        ConfigError: the folder holds no usable collection.
+        ConfigError: the folder holds no usable collection, or the model is not the one of it.
     """
     fingerprint, manifest = describe(folder)
     parts = dataset.split(load_samples(folder))
@@ -91,7 +101,9 @@ def run(folder: Path, recipe: Recipe) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     reference = np.zeros(0)
     card = HeadCard(model=NAME, fingerprint=fingerprint, provenance={}, metrics={})
-    for variant in variants(recipe):
+
+    def judge(variant: Variant, parts: dataset.Split) -> None:
+        nonlocal reference
         samples = variant.samples(parts.fit)
         fitted = _point(samples, variant.recipe) if variant.point else _head(samples, variant, card)
         predicted = fitted(parts.test)
@@ -99,13 +111,22 @@ def run(folder: Path, recipe: Recipe) -> dict[str, Any]:
         if variant.name == FULL:
             reference = error
         result = metrics.score(predicted, parts.test)
-        kept = ("mae", "mae_ci", "c_index", "coverage", "coverage_open", "coverage_open_expected")
         rows.append(
             {"group": variant.group, "name": variant.name, "requests": len(samples.rids)}
-            | {name: result.get(name) for name in kept}
+            | {name: result.get(name) for name in KEPT}
             | {"minus_full": metrics.paired(error, reference, parts.test.request)}
         )
         print(describe_row(rows[-1]), flush=True)
+
+    for variant in variants(recipe):
+        judge(variant, parts)
+    if model is not None:
+        last = layers.count(model)
+        chosen = sorted({round(last * share) for share in LAYERS} - {last})
+        fits, tests = (layers.reread(part, model, chosen) for part in (parts.fit, parts.test))
+        for layer in chosen:
+            other = dataset.Split(fits[layer], tests[layer])
+            judge(Variant("layer", f"after layer {layer} of {last}", recipe), other)
     return {
         "model": manifest["model"],
         "fit_requests": len(parts.fit.rids),

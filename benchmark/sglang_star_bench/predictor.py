@@ -24,7 +24,11 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="star bench predictor", description=__doc__)
     result.add_argument("--head", type=Path, help="head to time [every packaged one]")
     result.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="[1 8 32]")
-    result.add_argument("--model", help="also decode with this model, head on and off in turn")
+    result.add_argument(
+        "--model",
+        help="also decode with this model, head on and off in turn; with --ablations, "
+        "also try its other layers",
+    )
     result.add_argument("--rounds", type=int, default=3, help="engine pairs [3]")
     result.add_argument("--tokens", type=int, default=64, help="decoded per request [64]")
     result.add_argument(
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ablations(args: argparse.Namespace) -> int:
     recipe = Recipe(width=args.width, repeats=args.repeats, epochs=args.epochs)
-    report = ablations.run(args.ablations, recipe)
+    report = ablations.run(args.ablations, recipe, Path(args.model) if args.model else None)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2))
     if args.plot:
