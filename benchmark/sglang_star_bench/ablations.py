@@ -74,7 +74,7 @@ def variants(base: Recipe) -> Iterator[Variant]:
     yield change("features", "no echo", parts=tuple(p for p in PARTS if p != "echo"))
     yield change("fusion", "latest state only", parts=("now", "counts", "echo"))
     yield change("fusion", "recent mean only", parts=("recent", "counts", "echo"))
-    for part in ("now", "recent", "mean", "first"):
+    for part in ("now", "recent", "mean"):
         yield change("fusion", f"without {part}", parts=tuple(p for p in PARTS if p != part))
     yield Variant("loss", "absolute error of a point", base, point=True)
     yield change("dropout", "a quarter of it", input_dropout=0.1, inner_dropout=0.125)

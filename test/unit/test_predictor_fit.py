@@ -56,13 +56,13 @@ def test_some_outputs_were_cut_and_the_fit_reads_past_them(
 
 
 def spread(signal: bool) -> list[RequestRecord]:
-    """Requests whose length is told, or not, by the 13th strongest direction of their state."""
+    """Requests whose length is told, or not, by the 19th strongest direction of their state."""
     generator = np.random.default_rng(1)
     records = []
     for record in cases.records(200, seed=3):
         kind = np.log(len(record.output_ids)) - 4.0
         state = generator.standard_normal(48)
-        state[12] = kind if signal else state[12]
+        state[18] = kind if signal else state[18]
         state *= np.geomspace(40.0, 1.0, 48)
         hidden = np.repeat(state[None], len(record.tokens), 0).astype(np.float16)
         records.append(dataclasses.replace(record, hidden=hidden, pooled=hidden))
@@ -97,7 +97,7 @@ def test_same_seed_same_head(parts: dataset.Split) -> None:
 
 def test_a_feature_that_never_varied_does_not_act(parts: dataset.Split, head: Head) -> None:
     x = dataset.inputs(parts.test, head.weights.mean, head.weights.projection)
-    states = (x.now, x.recent, x.mean, x.first)
+    states = (x.now, x.recent, x.mean)
     other = x.features.copy()
     other[:, 2] *= 8  # every request was collected with one max_new_tokens
     assert np.array_equal(head.logits(*states, x.features), head.logits(*states, other))
@@ -167,8 +167,12 @@ def test_running_means_repeat_the_engine(parts: dataset.Split) -> None:
         req = cases.request()
         for row in rows:
             # Twenty equal steps have the mean that the recorder writes.
-            for _ in range(1 if row == rows[0] else cases.INTERVAL):
-                fusion = fuse(req, some.pooled[row].astype(np.float32))
+            tokens = int(some.tokens[row])
+            for step in range(0 if row == rows[0] else cases.INTERVAL):
+                fusion = fuse(req, some.pooled[row].astype(np.float32), tokens + 1 - step)
+            if row == rows[0]:
+                assert fuse(req, some.pooled[row].astype(np.float32), tokens).steps == 0
+                assert found.mean[row] == pytest.approx(found.recent[row])
+                continue
             assert fusion.mean == pytest.approx(found.mean[row], abs=1e-3)
             assert fusion.recent == pytest.approx(found.recent[row], abs=1e-3)
-            assert fusion.first == pytest.approx(found.first[row], abs=1e-3)

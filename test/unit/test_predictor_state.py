@@ -83,11 +83,22 @@ def test_a_moved_request_goes_on_as_if_it_had_stayed() -> None:
     assert target._star_estimate == pytest.approx(stayed._star_estimate, rel=1e-6)
 
 
+def test_a_decode_instance_needs_nothing_of_what_prefill_saw() -> None:
+    whole, decode_only = cases.request(output=4), cases.request(output=4)
+    estimator, elsewhere = Estimator(cases.head()), Estimator(cases.head())
+    estimator.step(rows(1, 1), [whole], [1])
+    assert export_state(whole) == b""  # only prefill was seen, and that tells nobody anything
+    for tokens in (2, 3, 4):
+        estimator.step(rows(1, tokens), [whole], [tokens])
+        elsewhere.step(rows(1, tokens), [decode_only], [tokens])
+        assert whole._star_estimate == decode_only._star_estimate
+
+
 def test_a_state_of_another_head_is_started_again() -> None:
     source, target = cases.request(), cases.request()
-    Estimator(cases.head(width=7)).step(np.ones((1, 7), np.float32), [source], [1])
+    Estimator(cases.head(width=7)).step(np.ones((1, 7), np.float32), [source], [2])
     import_state(target, export_state(source))
-    Estimator(cases.head()).step(rows(1), [target], [2])
+    Estimator(cases.head()).step(rows(1), [target], [3])
     assert target._star_fusion.steps == 1
 
 
@@ -98,11 +109,11 @@ def test_no_state_is_no_bytes_and_back() -> None:
     assert not hasattr(req, "_star_fusion")
 
 
-def encoded(steps: int, first: list[float], total: list[float], estimate: list[float]) -> bytes:
+def encoded(steps: int, recent: list[float], total: list[float], estimate: list[float]) -> bytes:
     def pack(values: list[float]) -> bytes:
         return np.array(values, "<f4").tobytes()
 
-    return msgspec.msgpack.encode([steps, pack(first), pack(first), pack(total), estimate])
+    return msgspec.msgpack.encode([steps, pack(recent), pack(total), estimate])
 
 
 @pytest.mark.parametrize(
@@ -110,8 +121,8 @@ def encoded(steps: int, first: list[float], total: list[float], estimate: list[f
     [
         b"\x00",
         b"garbage",
-        msgspec.msgpack.encode([1, b"abc", b"abc", b"abc", []]),
-        msgspec.msgpack.encode([1, bytes(4), bytes(8), bytes(4), []]),
+        msgspec.msgpack.encode([1, b"abc", b"abc", []]),
+        msgspec.msgpack.encode([1, bytes(4), bytes(8), []]),
         encoded(0, [1.0], [1.0], []),
         encoded(1, [], [], []),
         encoded(1, [1.0], [1.0, 2.0], []),

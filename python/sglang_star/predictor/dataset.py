@@ -134,7 +134,6 @@ class Inputs:
     now: Array
     recent: Array
     mean: Array
-    first: Array
     features: Array
 
 
@@ -157,13 +156,8 @@ def inputs(samples: Samples, mean: Array, projection: Array) -> Inputs:
         ],
         axis=1,
     ).astype(np.float64)
-    return Inputs(
-        now,
-        _recent_mean(pooled, samples),
-        _running_mean(pooled, samples),
-        now[begin[samples.request]],
-        features,
-    )
+    recent, running = _recent_mean(pooled, samples), _running_mean(pooled, samples)
+    return Inputs(now, recent, running, features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,20 +180,25 @@ def starts(samples: Samples) -> Array:
 
 
 def _running_mean(pooled: Array, samples: Samples) -> Array:
-    """Mean over all tokens so far, from means over the tokens since the sample before."""
+    """``Fusion.mean``: over all decode steps so far, from means over those between two samples."""
+    each = steps(samples).astype(np.float64)
+    each[starts(samples)] = 0.0  # prefill is not in it
     begin = starts(samples)[samples.request]
-    total = np.cumsum(pooled * steps(samples)[:, None], axis=0, dtype=np.float64)
-    before = np.concatenate([np.zeros((1, total.shape[1])), total])[begin]
-    return ((total - before) / samples.tokens[:, None]).astype(np.float32)
+    total, count = np.cumsum(pooled * each[:, None], axis=0), np.cumsum(each)
+    total, count = total - total[begin], count - count[begin]
+    mean = total / np.maximum(count, 1.0)[:, None]
+    return np.where(count[:, None] > 0, mean, pooled).astype(np.float32)
 
 
 def _recent_mean(pooled: Array, samples: Samples) -> Array:
-    """``Fusion.recent`` as far as means over the tokens between two samples tell it."""
+    """``Fusion.recent`` as far as means over the steps between two samples tell it."""
     begins = np.isin(np.arange(len(pooled)), starts(samples))
-    keep = np.where(begins, 0.0, FADE ** steps(samples)).astype(np.float32)
-    recent = pooled.copy()
+    kept = FADE ** steps(samples)
+    recent, weight = pooled.copy(), np.zeros(len(pooled))
     for i in np.flatnonzero(~begins):
-        recent[i] += keep[i] * (recent[i - 1] - pooled[i])
+        old = kept[i] * weight[i - 1]
+        weight[i] = old + 1.0 - kept[i]
+        recent[i] += np.float32(old / weight[i]) * (recent[i - 1] - pooled[i])
     return recent
 
 
@@ -252,5 +251,5 @@ def by_age(samples: Samples, levels: Array) -> tuple[Array, Array]:
 
 def columns(x: Inputs) -> Array:
     """Concatenate in the order of ``Weights.w1``."""
-    parts = [x.now, x.recent, x.mean, x.first, np.log1p(x.features)]
+    parts = [x.now, x.recent, x.mean, np.log1p(x.features)]
     return np.concatenate(parts, axis=1, dtype=np.float32)

@@ -55,12 +55,13 @@ class Estimator:
         sound = np.asarray(np.isfinite(now).all(axis=1))
         if not sound.all():
             now = np.where(sound[:, None], now, np.float32(0.0))
-        recent, mean, first = now.copy(), now.copy(), now.copy()
+        recent, mean = now.copy(), now.copy()
         for i in np.flatnonzero(sound):
-            fusion = fuse(reqs[i], now[i])
-            recent[i], mean[i], first[i] = fusion.recent, fusion.mean, fusion.first
+            fusion = fuse(reqs[i], now[i], int(features[i, 0]))
+            if fusion.steps:
+                recent[i], mean[i] = fusion.recent, fusion.mean
             features[i, 3] = fusion.echo.share(reqs[i].output_ids, int(features[i, 0]))
-        logits = self._head.logits(now, recent, mean, first, features)
+        logits = self._head.logits(now, recent, mean, features)
         estimates = self._head.quantiles(logits)
         lost = ~(sound & np.asarray(np.isfinite(estimates).all(axis=1)))
         if lost.any():
@@ -69,12 +70,16 @@ class Estimator:
         return estimates
 
 
-def fuse(req: Any, row: Array) -> Fusion:
-    """Add one finite projection to the request's memory and return it."""
+def fuse(req: Any, row: Array, tokens: int) -> Fusion:
+    """Add one finite projection to the request's memory and return it.
+
+    The one that gave the first output token is prefill's, which a decode instance never sees.
+    """
     fusion: Fusion | None = getattr(req, state.ATTRIBUTE, None)
     # A guest may bring the memory of another head: start again rather than mix the two.
-    if fusion is None or fusion.first.shape != row.shape:
-        fusion = Fusion(row)
+    if fusion is None or fusion.total.shape != row.shape:
+        fusion = Fusion(len(row))
         setattr(req, state.ATTRIBUTE, fusion)
-    fusion.add(row)
+    if tokens > 1:
+        fusion.add(row)
     return fusion

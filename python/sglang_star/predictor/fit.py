@@ -25,9 +25,9 @@ from sglang_star.protocol import QUANTILE_LEVELS
 FOLDS: Final = 5
 LEAST_INNER: Final = 32
 
-PARTS: Final = ("now", "recent", "mean", "first", "counts", "echo")
-"""Parts of a member's input: projections latest, recent, mean so far and at prefill; what is known
-for free, and how much of the output repeats."""
+PARTS: Final = ("now", "recent", "mean", "counts", "echo")
+"""Parts of a member's input: projection now, its recent mean and its mean so far; what is known for
+free, and how much of the output repeats."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ FORMAT: Final = 2
 CARD_KEY: Final = "star_head"
 HEADS: Final = Path(__file__).parent / "heads"
 
-BLOCKS: Final = 4
-"""Projections of a request that the host half sees: now, recent, mean so far, at prefill."""
+BLOCKS: Final = 3
+"""Projections of a request that the host half sees: now, recent mean, mean so far."""
 
 FEATURES: Final = 4
 """log(1 + x) of tokens so far, prompt length, max_new_tokens and the share of repeated output."""
@@ -118,17 +118,15 @@ class Head:
         w = self.weights
         return sum(a.size for a in (w.mean, w.projection, w.w1, w.b1, w.w2, w.b2))
 
-    def logits(
-        self, now: Array, recent: Array, mean: Array, first: Array, features: Array
-    ) -> Array:
+    def logits(self, now: Array, recent: Array, mean: Array, features: Array) -> Array:
         """Hazard logits, ``[n, bins]``, averaged over the ensemble.
 
         Args:
-            now, recent, mean, first: ``[n, m]`` projections, as :class:`state.Fusion` keeps them.
+            now, recent, mean: ``[n, m]`` projections, as :class:`state.Fusion` keeps them.
             features: ``[n, FEATURES]`` raw: tokens so far, prompt, max_new_tokens, echo.
         """
         w = self.weights
-        parts = [now, recent, mean, first, np.log1p(features)]
+        parts = [now, recent, mean, np.log1p(features)]
         inputs = np.concatenate(parts, axis=1, dtype=np.float32)
         inner = np.maximum(inputs @ w.w1 + w.b1, 0.0)
         return np.asarray((inner @ w.w2 + w.b2).mean(axis=0))

@@ -12,9 +12,9 @@ from sglang_star.predictor.samples import Samples
 def project(samples: Samples, width: int) -> tuple[Array, Array]:
     """Mean and projection of hidden states for a head of ``width`` numbers per request.
 
-    A third each are the strongest principal directions of all states, of the requests' mean states
-    and of the states at prefill: what differs between requests is what tells their lengths apart,
-    and much of what differs between the tokens of one is not. Made orthogonal, unit variance each.
+    Half are the strongest principal directions of all states, half those of the requests' mean
+    states: what differs between requests is what tells their lengths apart, and much of what
+    differs between the tokens of one is not. Made orthogonal, unit variance each.
 
     Returns:
         ``[d]`` and ``[d, width]`` float32; fewer directions if the states have fewer.
@@ -23,8 +23,8 @@ def project(samples: Samples, width: int) -> tuple[Array, Array]:
     weight = dataset.steps(samples)[:, None]
     tokens = np.add.reduceat(weight, begin)
     means = np.add.reduceat(samples.pooled.astype(np.float32) * weight, begin) / tokens
-    sets = (samples.hidden, means, samples.hidden[begin])
-    shares = [width - 2 * (width // 3), width // 3, width // 3]
+    sets = (samples.hidden, means)
+    shares = (width - width // 2, width // 2)
     found = [_directions(states, share) for states, share in zip(sets, shares, strict=True)]
     basis, triangle = np.linalg.qr(np.concatenate(found, axis=1))
     sound = np.abs(np.diag(triangle)) > 1e-6  # what an earlier direction did not hold already

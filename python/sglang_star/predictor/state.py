@@ -1,8 +1,8 @@
 """Temporal fusion: what is remembered of a request between steps, and how it moves with it.
 
 The head sees not only the latest projection of the hidden state, most of which is the token it
-belongs to, but also its mean over the last fifty tokens or so, over the whole output, and the one
-at prefill. So a request's memory is three short vectors and a count.
+belongs to, but also its means over the last fifty tokens or so and over the whole output. Both are
+of decode steps alone: what prefill left may have been seen by another instance.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ FADE: Final = 0.98
 
 
 class Fusion:
-    """What is kept of a request's projections.
+    """What is kept of a request's projections; nothing before its first decode step.
 
     Attributes:
-        first: at prefill; recent: mean in which older ones fade; total: sum. ``[m]`` each.
+        recent: their mean, in which older ones fade; total: their sum. ``[m]`` each.
         steps: how many there were.
         echo: of the output's tokens; rebuilt from them wherever the request goes.
     """
 
-    __slots__ = ("echo", "first", "recent", "steps", "total")
+    __slots__ = ("echo", "recent", "steps", "total")
 
-    def __init__(self, first: Array) -> None:
-        self.first = first.copy()
-        self.recent = first.copy()
-        self.total = np.zeros_like(first)
+    def __init__(self, width: int) -> None:
+        self.recent = np.zeros(width, np.float32)
+        self.total = np.zeros(width, np.float32)
         self.steps = 0
         self.echo = Echo()
 
     def add(self, row: Array) -> None:
-        """Take one step's projection, ``[m]``."""
-        self.recent += np.float32(1.0 - FADE) * (row - self.recent)
-        self.total += row
+        """Take one decode step's projection, ``[m]``."""
         self.steps += 1
+        self.recent += np.float32((1.0 - FADE) / (1.0 - FADE**self.steps)) * (row - self.recent)
+        self.total += row
 
     @property
     def mean(self) -> Array:
@@ -57,7 +56,6 @@ class Fusion:
 
 class _Wire(msgspec.Struct, array_like=True, frozen=True):
     steps: int
-    first: bytes
     recent: bytes
     total: bytes
     estimate: tuple[float, ...]
@@ -68,14 +66,13 @@ _decoder = msgspec.msgpack.Decoder(_Wire)
 
 
 def export_state(req: Any) -> bytes:
-    """Serialise the fusion of an SGLang request; empty if it has none."""
+    """Serialise the fusion of an SGLang request; empty if nothing was fused yet."""
     fusion: Fusion | None = getattr(req, ATTRIBUTE, None)
-    if fusion is None:
+    if fusion is None or not fusion.steps:
         return b""
     return _encoder.encode(
         _Wire(
             fusion.steps,
-            fusion.first.astype("<f4").tobytes(),
             fusion.recent.astype("<f4").tobytes(),
             fusion.total.astype("<f4").tobytes(),
             getattr(req, ESTIMATE, ()),
@@ -93,17 +90,15 @@ def import_state(req: Any, data: bytes) -> None:
         return
     try:
         wire = _decoder.decode(data)
-        raw = (wire.first, wire.recent, wire.total)
-        first, recent, total = (np.frombuffer(part, "<f4") for part in raw)
+        recent, total = (np.frombuffer(raw, "<f4") for raw in (wire.recent, wire.total))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise MalformedMessage(f"predictor state does not decode: {error}") from error
-    numbers = (*first, *recent, *total, *wire.estimate)
-    sizes = {len(first), len(recent), len(total)}
-    if wire.steps < 1 or len(sizes) > 1 or not 0 < len(first) <= MAX_WIDTH:
+    numbers = (*recent, *total, *wire.estimate)
+    if wire.steps < 1 or len(recent) != len(total) or not 0 < len(total) <= MAX_WIDTH:
         raise MalformedMessage("predictor state has impossible sizes")
     if not np.isfinite(numbers).all():
         raise MalformedMessage("predictor state is not finite")
-    fusion = Fusion(first.astype(np.float32))
+    fusion = Fusion(len(total))
     fusion.recent, fusion.total = recent.astype(np.float32), total.astype(np.float32)
     fusion.steps = wire.steps
     setattr(req, ATTRIBUTE, fusion)

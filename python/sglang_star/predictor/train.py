@@ -122,4 +122,4 @@ def volume(parts: dataset.Split) -> dict[str, Any]:
 def predict(head: Head, samples: Samples) -> Array:
     """Quantiles of every sample as the engine would estimate them, before the limit applies."""
     x = dataset.inputs(samples, head.weights.mean, head.weights.projection)
-    return head.quantiles(head.logits(x.now, x.recent, x.mean, x.first, x.features))
+    return head.quantiles(head.logits(x.now, x.recent, x.mean, x.features))
