@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     model, manifest = describe(args.samples)
     parts, _ = load_split(args.samples, args.sources, args.hold_out_source)
-    recipe = Recipe(seed=args.seed, width=args.width, epochs=args.epochs)
+    recipe = Recipe(seed=args.seed, width=args.width, epochs=args.epochs, repeats=args.repeats)
     recipe, tried = size.choose(parts.fit, recipe)
     weights, curves = fit(parts.fit, recipe)
     card = HeadCard(
@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--name", help="model name to record [folder name of the model]")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--width", type=int, default=0, help="projected size [by trial]")
+    result.add_argument(
+        "--repeats", type=int, default=2, help="draws of the folds, five networks each [2]"
+    )
     result.add_argument("--epochs", type=int, default=120, help="at most [120]")
     result.add_argument(
         "--hold-out-source",
