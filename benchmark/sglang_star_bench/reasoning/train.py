@@ -125,7 +125,7 @@ class Trainer:
             self._save()
         reasoning_model.export(self.model, self.tokenizer, self.folder)
         provenance = {
-            "command": "python -m sglang_star_bench.reasoning train",
+            "command": "star bench reasoning train",
             "recipe": asdict(self.recipe),
             "parameters": self.model.num_parameters(),
             **self._counters(),
