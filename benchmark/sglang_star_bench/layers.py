@@ -8,7 +8,7 @@ prompt and output once more, and its states are taken at the same places.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,9 @@ def reread(samples: Samples, model: Path, layers: Sequence[int]) -> dict[int, Sa
             f"{samples.hidden.shape[1]}",
             hint="name the model that was collected from",
         )
-    begin = dataset.starts(samples)
-    ends = np.append(begin[1:], len(samples.tokens))
     hidden: dict[int, list[Array]] = {layer: [] for layer in layers}
     pooled: dict[int, list[Array]] = {layer: [] for layer in layers}
-    for request, tokens in _requests(samples, begin, ends):
+    for request, tokens in enumerate(dataset.tokens_of(samples)):
         prompt, output = samples.prompt_ids[request], samples.output_ids[request]
         ids = torch.tensor(np.concatenate([prompt, output])[None].astype(np.int64))
         with torch.inference_mode():
@@ -83,8 +81,3 @@ def reread(samples: Samples, model: Path, layers: Sequence[int]) -> dict[int, Sa
         )
         for layer in layers
     }
-
-
-def _requests(samples: Samples, begin: Array, ends: Array) -> Iterator[tuple[int, Array]]:
-    for request, (low, high) in enumerate(zip(begin, ends, strict=True)):
-        yield request, samples.tokens[low:high].astype(np.int64)

@@ -17,6 +17,7 @@ from sglang_star.migration.move import Move
 from sglang_star.migration.relay import Relay
 from sglang_star.migration.source import Source
 from sglang_star.protocol import (
+    DRAIN,
     DrainOrder,
     MigrateOrder,
     OrderReply,
@@ -141,6 +142,6 @@ class Orders:
             target = self._drain_targets.pop(0)
             self._drain_targets.append(target)
             try:
-                self.migrate(rid, target, "drain")
+                self.migrate(rid, target, DRAIN)
             except StarError as error:
                 logger.debug("STAR cannot drain %s yet: %s", rid, error)

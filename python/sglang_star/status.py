@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
-from sglang_star.migration import codec
+from sglang_star.migration import batch, codec
 from sglang_star.migration.guests import Guests
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import ESTIMATE, MOVES
@@ -98,7 +98,7 @@ class StatusReporter:
         running = [self._describe(req, RUNNING) for req in self._running()]
         running += [self._describe(req, JOINING) for req in self._joining()]
         queued = [self._describe(req, QUEUED) for req in self._queued()]
-        retracted = [self._describe(req, QUEUED) for req in self._retracted()]
+        retracted = [self._describe(req, QUEUED) for req in batch.retracted(scheduler)]
         arriving = [guest.req for guest in self._guests.arriving() if guest.req]
         reserved = sum(int(req.kv.kv_allocated_len) for req in arriving)
         return InstanceStatus(
@@ -153,11 +153,6 @@ class StatusReporter:
         yield from scheduler.waiting_queue
         if scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
             yield from scheduler.disagg_prefill_bootstrap_queue.queue
-
-    def _retracted(self) -> list[Req]:
-        if self._scheduler.disaggregation_mode == DisaggregationMode.DECODE:
-            return list(self._scheduler.disagg_decode_prealloc_queue.retracted_queue)
-        return []
 
     def _describe(self, req: Req, state: str) -> RequestStatus:
         guest = self._guests.by_rid.get(req.rid)

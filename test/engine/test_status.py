@@ -14,7 +14,7 @@ arrival = pytest.importorskip("sglang_star.migration.arrival")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
 
 from sglang_star.errors import OrderRefused  # noqa: E402
-from sglang_star.protocol import Peer  # noqa: E402
+from sglang_star.protocol import DRAIN, Peer  # noqa: E402
 
 PEER = Peer(instance_id="d0", incarnation=1, address="tcp://127.0.0.1:1")
 RESERVED = 100
@@ -115,7 +115,7 @@ def test_a_guest_leaves_room_for_those_who_run_to_grow(scheduler: Any) -> None:
     with pytest.raises(OrderRefused, match="400 of them promised"):
         check(scheduler, enough + 499, "overflow", request("other", 400))
     # Off an instance that is to go, a guest may come as long as it fits at all.
-    check(scheduler, 1000 + arrival.HEADROOM_TOKENS, arrival.DRAIN)
+    check(scheduler, 1000 + arrival.HEADROOM_TOKENS, DRAIN)
 
 
 def test_no_guest_comes_before_those_who_were_retracted(scheduler: Any) -> None:

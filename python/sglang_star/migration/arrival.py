@@ -18,6 +18,7 @@ from sglang_star.migration.states import TargetEvent, target_machine
 from sglang_star.migration.transport import carrier as carrier_named
 from sglang_star.predictor.state import import_state
 from sglang_star.protocol import (
+    DRAIN,
     Commit,
     Inserted,
     PagesReady,
@@ -30,9 +31,6 @@ from sglang_star.protocol import (
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
-
-DRAIN = "drain"
-"""Reason of moves off an instance that is to go: better here and retracted than lost with it."""
 
 HEADROOM_TOKENS = 64
 """Free KV a target keeps beyond a guest's context, so that it can decode at all."""
@@ -106,10 +104,11 @@ class Arrivals:
         busy = len(scheduler.running_batch.reqs) + len(arriving)
         if busy >= scheduler.max_running_requests or not scheduler.req_to_token_pool.free_slots:
             raise OrderRefused("no request slot is free")
-        if waiting := batch.waiting_for_memory(scheduler):
-            raise OrderRefused(f"KV memory is full: {waiting} requests wait for it here")
+        if waiting := batch.retracted(scheduler):
+            raise OrderRefused(f"KV memory is full: {len(waiting)} requests wait for it here")
         promised = sum(guest.reserve.context_tokens for guest in arriving)
         kept = HEADROOM_TOKENS
+        # Off an instance that is to go: better here and retracted than lost with it.
         if message.reason != DRAIN:
             kept = max(kept, batch.reserve_after(scheduler, len(arriving) + 1))
         if self._pages.free - promised < message.context_tokens + kept:

@@ -32,10 +32,10 @@ def is_running(scheduler: Scheduler, req: Req) -> bool:
     return not req.finished() and any(req is other for other in scheduler.running_batch.reqs)
 
 
-def waiting_for_memory(scheduler: Scheduler) -> int:
+def retracted(scheduler: Scheduler) -> list[Req]:
     """Requests of a decode instance that were retracted and wait for KV memory to resume."""
-    queue = getattr(scheduler, "disagg_decode_prealloc_queue", None)
-    return len(queue.retracted_queue) if queue is not None else 0
+    queue = scheduler.disagg_decode_prealloc_queue
+    return list(queue.retracted_queue) if queue is not None else []
 
 
 def reserve_after(scheduler: Scheduler, guests: int) -> int:
@@ -44,7 +44,7 @@ def reserve_after(scheduler: Scheduler, guests: int) -> int:
     SGLang admits and resumes nobody into so many tokens per active request, since those that run
     will grow into them. Zero elsewhere: an aggregated instance admits by another rule.
     """
-    queue = getattr(scheduler, "disagg_decode_prealloc_queue", None)
+    queue = scheduler.disagg_decode_prealloc_queue
     if queue is None:
         return 0
     transfers = len(scheduler.disagg_decode_transfer_queue.queue)

@@ -141,11 +141,9 @@ def inputs(samples: Samples, mean: Array, projection: Array) -> Inputs:
     """Repeat on a collection what the engine computes step by step."""
     project = _Projector(mean, projection)
     now, pooled = project(samples.hidden), project(samples.pooled)
-    begin = starts(samples)
-    ends = np.append(begin[1:], len(samples.tokens))
     repeated = [
-        echo.shares(ids, samples.tokens[low:high])
-        for ids, low, high in zip(samples.output_ids, begin, ends, strict=True)
+        echo.shares(ids, tokens)
+        for ids, tokens in zip(samples.output_ids, tokens_of(samples), strict=True)
     ]
     features = np.stack(
         [
@@ -177,6 +175,11 @@ class _Projector:
 def starts(samples: Samples) -> Array:
     """Index of the first sample of each request."""
     return np.searchsorted(samples.request, np.arange(len(samples.rids)))
+
+
+def tokens_of(samples: Samples) -> list[Array]:
+    """Output tokens at each sample, request by request."""
+    return np.split(samples.tokens, starts(samples)[1:])
 
 
 def _running_mean(pooled: Array, samples: Samples) -> Array:
