@@ -23,8 +23,8 @@ from sglang_star.errors import MalformedMessage, VersionMismatch
 PROTOCOL_VERSION: Final = 3
 
 DRAIN: Final = "drain"
-"""Reason of every move off an instance that is to go; targets go by it. The router's policies, which
-import nothing of ours, spell it out."""
+"""Reason of every move off an instance that is to go; targets go by it. The router's policies,
+which import nothing of ours, spell it out."""
 
 QUANTILE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Levels of every remaining-length estimate on the wire; index 2 is the point estimate."""
