@@ -32,6 +32,7 @@ KEPT: Final = ("mae", "mae_ci", "c_index", "coverage", "coverage_open", "coverag
 WIDTHS: Final = (8, 16, 32, 64, 128, 256)
 
 Predict = Callable[[Samples], Array]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,16 @@ def variants(base: Recipe) -> Iterator[Variant]:
         yield Variant("size", f"1/{share} of the requests", base, share=share)
 
 
-def run(folder: Path, recipe: Recipe, model: Path | None = None) -> dict[str, Any]:
+def run(
+    folder: Path, recipe: Recipe, model: Path | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
     """Fit and judge every variant; a line on the terminal for each.
 
     Args:
         folder: a collection.
         recipe: the whole recipe; its width is chosen by trial if it has none.
         model: the collection's model, to try its other layers; None leaves them out.
+        keep: called with the report so far after every variant: all of them take hours.
 
     Raises:
         ConfigError: the folder holds no usable collection, or the model is not the one of it.
@@ -99,6 +103,13 @@ def run(folder: Path, recipe: Recipe, model: Path | None = None) -> dict[str, An
     parts = dataset.split(load_samples(folder))
     recipe, _ = size.choose(parts.fit, recipe)
     rows: list[dict[str, Any]] = []
+    report = {
+        "model": manifest["model"],
+        "fit_requests": len(parts.fit.rids),
+        "test_requests": len(parts.test.rids),
+        "recipe": dataclasses.asdict(recipe),
+        "rows": rows,
+    }
     reference = np.zeros(0)
     card = HeadCard(model=NAME, fingerprint=fingerprint, provenance={}, metrics={})
 
@@ -117,6 +128,8 @@ def run(folder: Path, recipe: Recipe, model: Path | None = None) -> dict[str, An
             | {"minus_full": metrics.paired(error, reference, parts.test.request)}
         )
         print(describe_row(rows[-1]), flush=True)
+        if keep is not None:
+            keep(report)
 
     for variant in variants(recipe):
         judge(variant, parts)
@@ -127,13 +140,7 @@ def run(folder: Path, recipe: Recipe, model: Path | None = None) -> dict[str, An
         for layer in chosen:
             other = dataset.Split(fits[layer], tests[layer])
             judge(Variant("layer", f"after layer {layer} of {last}", recipe), other)
-    return {
-        "model": manifest["model"],
-        "fit_requests": len(parts.fit.rids),
-        "test_requests": len(parts.test.rids),
-        "recipe": dataclasses.asdict(recipe),
-        "rows": rows,
-    }
+    return report
 
 
 def _head(samples: Samples, variant: Variant, card: HeadCard) -> Predict:

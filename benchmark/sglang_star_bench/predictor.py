@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_engine(rows, args)
     for row in rows:
         print(describe(row))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+    _keep(args, rows)
     if args.plot:
         plot(rows, args.plot)
     return 0
@@ -77,25 +76,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ablations(args: argparse.Namespace) -> int:
     recipe = Recipe(width=args.width, repeats=args.repeats, epochs=args.epochs)
-    report = ablations.run(args.ablations, recipe, Path(args.model) if args.model else None)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2))
+    model = Path(args.model) if args.model else None
+    report = ablations.run(args.ablations, recipe, model, lambda report: _keep(args, report))
     if args.plot:
         ablations.plot(report, args.plot)
     return 0
 
 
+def _keep(args: argparse.Namespace, report: Any) -> None:
+    """Write what is known so far: a run that is cut short has lost nothing."""
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2))
+
+
 def _add_engine(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Add the median step of engines with the head on and off, booted in turn."""
     steps: dict[tuple[str, int], list[float]] = {}
+    predictors = (str(args.head or "builtin"), PREDICTOR_OFF)
     for _ in range(args.rounds):
-        for predictor in (str(args.head or "builtin"), PREDICTOR_OFF):
+        for predictor in predictors:
             for batch, milliseconds in engine_step_ms(args, predictor).items():
                 steps.setdefault((predictor, batch), []).append(milliseconds)
-    for row in rows:
-        on = statistics.median(steps[str(args.head or "builtin"), row["batch"]])
-        off = statistics.median(steps[PREDICTOR_OFF, row["batch"]])
-        row |= {"step_on_ms": on, "step_off_ms": off, "added": on / off - 1.0}
+        for row in rows:
+            on, off = (statistics.median(steps[which, row["batch"]]) for which in predictors)
+            rounds = len(steps[predictors[0], row["batch"]])
+            row |= {"step_on_ms": on, "step_off_ms": off, "added": on / off - 1.0, "pairs": rounds}
+        _keep(args, rows)
 
 
 def engine_step_ms(args: argparse.Namespace, predictor: str) -> dict[int, float]:

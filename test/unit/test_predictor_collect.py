@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 
 from sglang_star.errors import ConfigError
 from sglang_star.predictor import collect
+from sglang_star.predictor.folder import claimed, write_manifest
 from sglang_star.predictor.prompts import read_prompts, split_of
 from sglang_star.predictor.recorder import Recorder
 from sglang_star.predictor.samples import (
@@ -249,7 +252,25 @@ def test_a_collection_is_not_continued_with_other_settings(
     tmp_path: Path, change: tuple[str, str]
 ) -> None:
     first, second = arguments(tmp_path), arguments(tmp_path, *change)
-    collect.write_manifest(first.out, collect.settings(first, 30))
-    collect.write_manifest(first.out, collect.settings(first, 60))
+    first.out.mkdir()
+    write_manifest(first.out, collect.settings(first, 30))
+    write_manifest(first.out, collect.settings(first, 60))
     with pytest.raises(ConfigError, match="was collected with"):
-        collect.write_manifest(second.out, collect.settings(second, 30))
+        write_manifest(second.out, collect.settings(second, 30))
+
+
+def test_two_runs_cannot_collect_into_one_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / "out"):
+        other = "from pathlib import Path; from sglang_star.predictor.folder import claimed\n"
+        other += f"with claimed(Path({str(tmp_path / 'out')!r})): pass"
+        run = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
+        assert run.returncode != 0
+        assert "another run is collecting into" in run.stderr
+    with claimed(tmp_path / "out"):
+        pass
+
+
+def test_a_file_is_no_folder_to_collect_into(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match="cannot use"), claimed(tmp_path / "out"):
+        pass

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import json
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,11 +23,10 @@ from typing import Any, Final, TypeVar
 from sglang_star.config import PREDICTOR_OFF, StarConfig
 from sglang_star.errors import ConfigError
 from sglang_star.predictor import resample
+from sglang_star.predictor.folder import claimed, write_manifest, write_sources
 from sglang_star.predictor.prompts import Prompt, read_prompts
 from sglang_star.predictor.samples import (
     FORMAT,
-    MANIFEST,
-    SOURCES,
     collected_rids,
     describe,
 )
@@ -83,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all is collected or the run was stopped by the user.
 
     Raises:
-        ConfigError: the prompts, the folder or an option is wrong.
+        ConfigError: the prompts, the folder or an option is wrong, or another run has the folder.
     """
     args = parser().parse_args(argv)
     return _resample(args) if args.resample else _collect(args)
@@ -91,14 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _collect(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)[: args.limit]
-    write_manifest(args.out, settings(args, len(prompts)))
-    write_sources(args.out, prompts)
-    jobs = plan(prompts, args.samples or 1, args.out)
-    if not jobs:
-        print(f"{args.out} already holds every sample asked for")
-        return 0
-    with _Engine(args, collect=str(args.out)) as engine:
-        engine.drive(jobs, generator(engine.engine, args))
+    with claimed(args.out):
+        write_manifest(args.out, settings(args, len(prompts)))
+        write_sources(args.out, prompts)
+        jobs = plan(prompts, args.samples or 1, args.out)
+        if not jobs:
+            print(f"{args.out} already holds every sample asked for")
+            return 0
+        with _Engine(args, collect=str(args.out)) as engine:
+            engine.drive(jobs, generator(engine.engine, args))
     return 0
 
 
@@ -109,19 +108,20 @@ def _resample(args: argparse.Namespace) -> int:
     args.max_new_tokens, args.no_chat_template = manifest["max_new_tokens"], False
     for name in SAMPLING:
         setattr(args, name, manifest["sampling"][name])
-    write_manifest(args.out, settings(args, 0) | {"chat_template": manifest["chat_template"]})
-    points = resample.plan(
-        args.resample, args.limit or resample.POINTS, set(resample.read(args.out))
-    )
-    if not points:
-        print(f"{args.out} already holds every point asked for")
-        return 0
     sampling = {k: v for k, v in manifest["sampling"].items() if v is not None}
     repeats = args.samples or resample.REPEATS
-    with _Engine(args) as engine:
-        engine.drive(
-            points, resample.continuer(engine.engine, sampling, repeats, args.out), repeats
+    with claimed(args.out):
+        write_manifest(args.out, settings(args, 0) | {"chat_template": manifest["chat_template"]})
+        points = resample.plan(
+            args.resample, args.limit or resample.POINTS, set(resample.read(args.out))
         )
+        if not points:
+            print(f"{args.out} already holds every point asked for")
+            return 0
+        with _Engine(args) as engine:
+            engine.drive(
+                points, resample.continuer(engine.engine, sampling, repeats, args.out), repeats
+            )
     return 0
 
 
@@ -183,33 +183,6 @@ def settings(args: argparse.Namespace, prompts: int) -> dict[str, Any]:
         "sampling": {k: getattr(args, k) for k in SAMPLING},
         "prompts": prompts,
     }
-
-
-def write_manifest(folder: Path, fresh: dict[str, Any]) -> None:
-    """Write the manifest, or check that the one there describes the same collection.
-
-    Raises:
-        ConfigError: another model, template, cap or sampling was used so far.
-    """
-    path = folder / MANIFEST
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot use {folder}: {error}", hint="choose another --out") from error
-    for name in ("format", "model", "chat_template", "max_new_tokens", "sampling"):
-        if old and old.get(name) != fresh[name]:
-            raise ConfigError(
-                f"{folder} was collected with {name} {old.get(name)}, not {fresh[name]}",
-                hint="repeat the old options, or choose another --out",
-            )
-    path.write_text(json.dumps(old | fresh, indent=2))
-
-
-def write_sources(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """Note the source of every prompt by its key, so that whole sources can be held out."""
-    sources = {prompt.key: prompt.source for prompt in prompts}
-    (folder / SOURCES).write_text(json.dumps(sources, indent=0))
 
 
 def plan(prompts: Sequence[Prompt], samples: int, folder: Path) -> list[Job]:
