@@ -62,7 +62,7 @@ queued() { # every policy behind star's queue at the router
 }
 reserve() { # SGLang's --num-reserved-decode-tokens, and how much of the memory star plans with
     for tokens in 512 64 0; do
-        kept="--set config.reserved_tokens=$tokens --set star.reserved_tokens=$tokens"
+        kept="--set config.reserved_tokens=$tokens"
         grid "reserve-$tokens" --trace "$long" --decode 8 --loads 0.9,1.1,1.3,1.6 --seeds 3 $slow \
             $kept --policy round-robin,least-tokens,reactive,star
         for pressure in 0.95 1.0; do

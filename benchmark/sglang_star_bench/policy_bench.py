@@ -203,6 +203,7 @@ def random_fleet(seed: int, instances: int, each: int) -> FleetSnapshot:
             kv_capacity=(used / rng.uniform(0.55, 1.05, instances)).astype(np.int64),
             kv_used=used,
             kv_reserved=none,
+            reserve_each=none + 512,
             running=none + each,
             queued=none,
             retracted=none,

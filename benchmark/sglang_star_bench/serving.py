@@ -165,7 +165,7 @@ def reserve(args: argparse.Namespace) -> int:
 def params(args: argparse.Namespace, profile: Profile) -> dict[str, dict[str, float]]:
     """What the policies must know of this fleet."""
     known = fleet_params(profile)
-    known["star"] |= {"reserved_tokens": reserve(args), "tpot_slo_ms": args.tpot_slo}
+    known["star"] |= {"tpot_slo_ms": args.tpot_slo}
     return known
 
 

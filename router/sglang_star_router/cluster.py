@@ -24,6 +24,8 @@ from sglang_star_router.table import RequestTable
 
 logger = logging.getLogger(__name__)
 
+RESERVE_EACH = 512
+"""SGLang's default of ``--num-reserved-decode-tokens``, for an instance that does not say."""
 SEND_GRACE_S = 2.0
 """A dispatched batch, whose rids the router does not know, counts as unseen for so long."""
 
@@ -66,6 +68,7 @@ class Instance:
         table: the requests of ``status`` as arrays.
         held_back: an operator asked the router to send nothing new here.
         context_limit: longest prompt it takes, tokens; 0 if unknown.
+        reserve_each: KV tokens its admission keeps free for every active request.
         dispatches: requests sent here that have not ended.
     """
 
@@ -79,6 +82,7 @@ class Instance:
     described: bool = False
     context_limit: int = 0
     kv_capacity: int = 0
+    reserve_each: int = RESERVE_EACH
     status: InstanceStatus | None = None
     status_at: float = 0.0
     table: RequestTable = field(default_factory=RequestTable.empty)

@@ -16,7 +16,7 @@ import msgspec
 
 from sglang_star.errors import ConfigError, PeerError, StarError, VersionMismatch
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement
-from sglang_star_router.cluster import Cluster, Instance
+from sglang_star_router.cluster import RESERVE_EACH, Cluster, Instance
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.engine import EngineClient
 
@@ -143,6 +143,8 @@ class Health:
             info.get("context_length")
         )
         instance.kv_capacity = _number(info.get("max_total_num_tokens"))
+        reserve = info.get("num_reserved_decode_tokens")
+        instance.reserve_each = reserve if isinstance(reserve, int) else RESERVE_EACH
         if instance.role == "prefill" and instance.bootstrap_port is None:
             instance.bootstrap_port = (
                 _number(info.get("disaggregation_bootstrap_port")) or DEFAULT_BOOTSTRAP_PORT

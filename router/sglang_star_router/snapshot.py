@@ -102,6 +102,7 @@ class Snapshots:
             kv_capacity=capacity,
             kv_used=column("kv_used_tokens"),
             kv_reserved=column("kv_reserved_tokens"),
+            reserve_each=np.array([m.reserve_each for m in members], np.int64),
             running=column("running"),
             queued=column("queued"),
             retracted=column("retracted"),

@@ -34,6 +34,7 @@ def instance_json(
         "incarnation": advertisement.incarnation if advertisement else None,
         "predictor": advertisement.predictor if advertisement else None,
         "restarts": instance.restarts,
+        "reserve_each": instance.reserve_each,
         "in_flight": len(instance.dispatches),
         "moves_out": moves_out,
         "moves_in": moves_in,

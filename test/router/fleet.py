@@ -62,6 +62,7 @@ class FakeEngine:
     star: bool = True
     port: int = field(default_factory=free_port)
     incarnation: int = 1
+    reserve: int | None = None
     version: int = PROTOCOL_VERSION
     chunks: list[bytes] = field(default_factory=lambda: [b'data: {"i":0}\n\n', b"data: [DONE]\n\n"])
     gate: asyncio.Event | None = None
@@ -168,6 +169,8 @@ class FakeEngine:
             "internal_states": [{}],
             "disaggregation_bootstrap_port": 9123,
         }
+        if self.reserve is not None:
+            info["num_reserved_decode_tokens"] = self.reserve
         if self.star:
             info["star"] = {
                 "protocol_version": self.version,

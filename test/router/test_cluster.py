@@ -47,6 +47,19 @@ def test_status_becomes_visible_to_policies_and_operators():
     run(check())
 
 
+def test_policies_know_what_each_engine_keeps_free_for_growth():
+    async def check():
+        engines = FakeEngine(), FakeEngine(reserve=64)
+        async with fleet(*engines) as running:
+            for engine in engines:
+                await running.publish(engine)
+            instances = running.router.dispatcher._snapshots.for_arrival().instances
+            assert instances.ids == tuple(engine.name for engine in engines)
+            assert instances.reserve_each.tolist() == [512, 64]
+
+    run(check())
+
+
 def test_garbage_and_foreign_versions_are_counted_logged_once_and_harmless(caplog):
     # SGLang, once imported by another test, raises the root logger's level.
     caplog.set_level(logging.WARNING, logger="sglang_star_router")

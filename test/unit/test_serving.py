@@ -51,7 +51,7 @@ def test_the_router_understands_how_it_is_asked_to_follow_a_policy(policy: str) 
     )
     assert (config.policy, config.rescheduler) == serving.parts(policy)[:2]
     if config.policy.startswith(("star", "queued-")):
-        assert config.dispatch_params["reserved_tokens"] == 32
+        assert config.dispatch_params["tpot_slo_ms"] == serving.parser().parse_args([]).tpot_slo
 
 
 def test_the_simulated_side_finishes_what_it_is_given(tmp_path: Path) -> None:

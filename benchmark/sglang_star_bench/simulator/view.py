@@ -86,6 +86,7 @@ class StatusView:
                 i.draining,
                 i.moves_out,
                 i.moves_in,
+                i.reserved,
             )
             for i in self.instances
         ]
@@ -96,6 +97,7 @@ class StatusView:
             kv_capacity=columns[0],
             kv_used=columns[1],
             kv_reserved=columns[2],
+            reserve_each=columns[9],
             running=columns[3],
             queued=columns[4],
             retracted=columns[5],

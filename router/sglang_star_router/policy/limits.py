@@ -39,10 +39,10 @@ def admits_now(
     placed_count = np.bincount(placed.instance, minlength=n)
     placed_tokens = np.bincount(placed.instance, placed.prompt_tokens, n)
     largest, held = _single_request_need(snapshot, params)
-    reserve = np.maximum(params.reserved_tokens * (inst.running + placed_count), largest - held)
+    reserve = np.maximum(inst.reserve_each * (inst.running + placed_count), largest - held)
     free = inst.kv_capacity - inst.kv_used - inst.kv_reserved - placed_tokens - reserve
     wanted = np.maximum(
-        prompt + params.reserved_tokens, prompt + min(max_new, params.clip_new_tokens) - held
+        prompt + inst.reserve_each, prompt + min(max_new, params.clip_new_tokens) - held
     )
     admits: BoolArray = (
         inst.accepts

@@ -83,8 +83,6 @@ class StarParams:
         tpot_slo_ms: a step slower than this counts as an instance's limit, as full KV does.
         weight_tokens: KV tokens whose bytes equal the model's weights: with it the step time an
             instance would have under another load follows from the one it has now.
-        reserved_tokens: KV tokens SGLang's decode admission keeps per active request
-            (``--num-reserved-decode-tokens``).
         clip_new_tokens: SGLang's ceiling on the output it reckons with at admission.
         admit_pressure: hold an arrival while every instance with room is forecast to pass this
             share of its limit within the horizon.
@@ -112,7 +110,6 @@ class StarParams:
     recompute_tokens_per_s: float = 0.0
     tpot_slo_ms: float = 50.0
     weight_tokens: float = 265_000.0
-    reserved_tokens: int = 512
     clip_new_tokens: int = 4096
     admit_pressure: float = 1.1
     late_spare: float = 0.3

@@ -25,6 +25,8 @@ class Instances:
     Attributes:
         ids: stable names.
         kv_capacity, kv_used, kv_reserved: tokens.
+        reserve_each: tokens its admission keeps free for every active request
+            (``--num-reserved-decode-tokens``).
         running, queued, retracted: requests now.
         step_ms: recent decode step time.
         age_s: how old the status behind this row is.
@@ -37,6 +39,7 @@ class Instances:
     kv_capacity: IntArray
     kv_used: IntArray
     kv_reserved: IntArray
+    reserve_each: IntArray
     running: IntArray
     queued: IntArray
     retracted: IntArray
