@@ -47,9 +47,12 @@ ROUTER_ARGUMENTS: Final = ("--policy", "round-robin")
 RESCHEDULER_ARGUMENTS: Final = (
     "--rescheduler-interval",
     "0.5",
-    # The default is a GPU's; a CPU's steps are slower without being overloaded.
+    # The defaults are a GPU's; a CPU's steps are slower without being overloaded.
     "--rescheduler-param",
     "tpot_slo_ms=2000",
+    # Ten seconds are hundreds of a GPU's steps and fifteen of these.
+    "--rescheduler-param",
+    "cooldown_s=120",
     "--rescheduler-param",
     "horizon_steps=240",
     # Eighteen requests are few, and chance weighs more than in a large fleet.
