@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from sglang_star.predictor import dataset, fit, metrics, size
-from sglang_star.predictor.fit import PARTS, Recipe
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
+from sglang_star.predictor.recipe import PARTS, Recipe
 from sglang_star.predictor.samples import Samples, describe, load_samples
 from sglang_star.predictor.train import predict
 from sglang_star_bench import layers
@@ -157,7 +157,7 @@ def _point(samples: Samples, recipe: Recipe) -> Predict:
     unit = float(samples.remaining.mean())
     target = (samples.remaining / unit).astype(np.float32)
     prior = np.array([np.log(np.median(target))])
-    model, _ = fit.train(inputs, prior, _absolute, (target,), recipe, quiet=True)
+    model, _ = inputs.train(prior, _absolute, (target,), recipe, quiet=True)
 
     def predict_point(test: Samples) -> Array:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sglang_star.config import PREDICTOR_OFF
 from sglang_star.predictor import head as heads
-from sglang_star.predictor.fit import Recipe
+from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.timing import step_ms
 from sglang_star_bench import ablations
 

@@ -16,8 +16,8 @@ from sglang_star.errors import ConfigError, SetupError
 from sglang_star.predictor import auxiliary, collect, dataset, errorcurve, floor, metrics, resample
 from sglang_star.predictor.baselines import AgeMean, ByAge
 from sglang_star.predictor.evaluate import main as evaluate
-from sglang_star.predictor.fit import Recipe
 from sglang_star.predictor.head import load
+from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.samples import (
     MANIFEST,
     MODEL,

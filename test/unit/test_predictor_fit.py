@@ -11,8 +11,9 @@ import pytest
 from sglang_star.errors import ConfigError
 from sglang_star.predictor import dataset, metrics, size
 from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
-from sglang_star.predictor.fit import Recipe, fit
+from sglang_star.predictor.fit import fit
 from sglang_star.predictor.head import Head
+from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.samples import RequestRecord, load_samples, write_shard
 from sglang_star.predictor.train import main as train
 from sglang_star.predictor.train import predict

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_star.predictor import dataset, fit, hazard
+from sglang_star.predictor import dataset, ensemble, hazard
 from sglang_star.protocol import QUANTILE_LEVELS
 
 LEVELS = np.array(QUANTILE_LEVELS)
@@ -71,7 +71,7 @@ def test_likelihood_gradient_vanishes_at_the_censored_maximum() -> None:
     rate = event.sum() / exposure.sum()
     logit = torch.full((5000, 1), float(np.log(np.expm1(rate))), dtype=torch.float64)
     logit.requires_grad_(True)
-    fit.nll(logit, torch.tensor(exposure), torch.tensor(event)).sum().backward()
+    ensemble.nll(logit, torch.tensor(exposure), torch.tensor(event)).sum().backward()
     assert logit.grad is not None
     assert abs(float(logit.grad.sum())) < 1e-6 * 5000
     assert 1e3 / rate == pytest.approx(100.0, rel=0.06)

@@ -15,8 +15,9 @@ from sglang_star.errors import HeadError
 from sglang_star.predictor import head as heads
 from sglang_star.predictor import size
 from sglang_star.predictor.fingerprint import ModelFingerprint, fingerprint
-from sglang_star.predictor.fit import FOLDS, LEAST_INNER, Recipe
+from sglang_star.predictor.fit import FOLDS, LEAST_INNER
 from sglang_star.predictor.head import HEADS, Head
+from sglang_star.predictor.recipe import Recipe
 from unit import predictor_cases as cases
 
 MOST_PARAMETERS = 0.0672 * 125.2e6

@@ -7,100 +7,22 @@ request out say about it, together, tells which level to read for each nominal o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from sglang_star.predictor import dataset, hazard, projection
+from sglang_star.predictor.ensemble import Curves, Ensemble, Loss, nll, train
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import BLOCKS, FEATURES, Weights
+from sglang_star.predictor.recipe import PARTS, Recipe
 from sglang_star.predictor.samples import Samples
 from sglang_star.protocol import QUANTILE_LEVELS
 
 FOLDS: Final = 5
 LEAST_INNER: Final = 32
-
-PARTS: Final = ("now", "recent", "mean", "counts", "echo")
-"""Parts of a member's input: projection now, its recent mean and its mean so far; what is known for
-free, and how much of the output repeats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Hyperparameters.
-
-    Attributes:
-        width: numbers per request from the device half; 0 leaves it to :mod:`size`, which
-            :func:`fit` does not call.
-        inner: width of a member's inner layer; 0 is the projection's, at least ``LEAST_INNER``.
-        repeats: how often the folds are drawn; five members each.
-        parts: of ``PARTS``, what the members may use.
-        input_dropout, inner_dropout, weight_decay: what keeps a few hundred requests from being
-            learnt by heart.
-        patience: epochs without improvement of its left-out fold after which a member stops.
-    """
-
-    seed: int = 0
-    width: int = 0
-    inner: int = 0
-    learning_rate: float = 3e-3
-    batch: int = 1024
-    epochs: int = 120
-    patience: int = 12
-    input_dropout: float = 0.4
-    inner_dropout: float = 0.5
-    weight_decay: float = 0.1
-    repeats: int = 2
-    parts: tuple[str, ...] = PARTS
-
-
-@dataclass(slots=True)
-class Curves:
-    """Loss per epoch, nats per sample: mean over members, on what they train on and left out."""
-
-    train: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
-
-
-def nll(logits: torch.Tensor, exposure: torch.Tensor, event: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of possibly censored remaining lengths.
-
-    Args:
-        logits: ``[..., n, bins]`` hazard logits.
-        exposure: ``[n, bins]`` fraction of each bin outlived.
-        event: ``[n, bins]`` one-hot bin the output ended in; all zero where censored.
-
-    Returns:
-        ``[..., n]`` nats, up to a constant.
-    """
-    rate = functional.softplus(logits)  # integral of the hazard over the bin
-    return (exposure * rate - event * torch.log(rate + 1e-12)).sum(dim=-1)
-
-
-class Ensemble(torch.nn.Module):
-    """``members`` two-layer networks evaluated as one batched product."""
-
-    def __init__(self, members: int, inputs: int, inner: int, prior: Array, recipe: Recipe) -> None:
-        super().__init__()
-        bins = len(prior)
-        self.w1 = torch.nn.Parameter(torch.randn(members, inputs, inner) * (2 / inputs) ** 0.5)
-        self.b1 = torch.nn.Parameter(torch.zeros(members, 1, inner))
-        self.w2 = torch.nn.Parameter(torch.randn(members, inner, bins) * 0.01)
-        self.b2 = torch.nn.Parameter(torch.tensor(prior, dtype=torch.float32).repeat(members, 1, 1))
-        self._recipe = recipe
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[n, inputs]`` to ``[members, n, bins]``."""
-        x = x.expand(self.w1.shape[0], -1, -1)
-        x = functional.dropout(x, self._recipe.input_dropout, self.training)
-        inner = torch.relu(torch.baddbmm(self.b1, x, self.w1))
-        inner = functional.dropout(inner, self._recipe.inner_dropout, self.training)
-        return torch.baddbmm(self.b2, inner, self.w2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +62,17 @@ class Inputs:
         trains = np.stack([fold != left for fold in folds for left in range(FOLDS)])
         x = ((x - center) * gain).astype(np.float32)
         return cls(mean, basis, x, center, gain, inner, trains[:, samples.request])
+
+    def train(
+        self,
+        prior: Array,
+        loss: Loss,
+        targets: tuple[Array, ...],
+        recipe: Recipe,
+        quiet: bool = False,
+    ) -> tuple[Ensemble, Curves]:
+        """:func:`ensemble.train` on these inputs."""
+        return train(self.x, self.trains, self.inner, prior, loss, targets, recipe, quiet)
 
     def again(self, samples: Samples) -> torch.Tensor:
         """Other samples, seen the same way."""
@@ -188,7 +121,7 @@ def _survival(
     inputs = Inputs.of(samples, recipe)
     edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
     exposure, event = targets(samples, edges)
-    model, curves = train(inputs, _prior(exposure, event), nll, (exposure, event), recipe, quiet)
+    model, curves = inputs.train(_prior(exposure, event), nll, (exposure, event), recipe, quiet)
     return inputs, edges, model, curves
 
 
@@ -232,93 +165,3 @@ def calibrate(logits: Array, edges: Array, samples: Samples) -> Array:
         place, samples.censored[samples.request], np.array(QUANTILE_LEVELS)
     )
     return np.clip(np.maximum.accumulate(levels), 1e-3, 1 - 1e-3)
-
-
-Loss = Callable[..., torch.Tensor]
-"""(output ``[members, n, outputs]``, targets ``[n, ...]`` ...) to ``[members, n]``."""
-
-
-def train(
-    inputs: Inputs,
-    prior: Array,
-    loss: Loss,
-    targets: tuple[Array, ...],
-    recipe: Recipe,
-    quiet: bool = False,
-) -> tuple[Ensemble, Curves]:
-    """Train an ensemble, each member on its samples, and leave each at its best epoch."""
-    torch.manual_seed(recipe.seed)
-    data = tuple(torch.tensor(a) for a in (inputs.x, *targets))
-    used, members, count = torch.tensor(inputs.trains).float(), *inputs.trains.shape
-    model = Ensemble(members, inputs.x.shape[1], inputs.inner, prior, recipe)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [model.w1, model.w2], "weight_decay": recipe.weight_decay},
-            {"params": [model.b1, model.b2], "weight_decay": 0.0},
-        ],
-        lr=recipe.learning_rate,
-    )
-    # Falling to nothing by the last epoch: dropout keeps a constant rate from ever settling.
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    best = torch.full((members,), float("inf"))
-    since = torch.zeros(members)
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-    curves = Curves()
-    for epoch in range(recipe.epochs):
-        model.train()
-        seen = 0.0
-        for rows in torch.randperm(count).split(recipe.batch):
-            found = _masked(model, loss, data, rows, used[:, rows]).sum()
-            optimizer.zero_grad()
-            found.backward()
-            optimizer.step()
-            seen += float(found.detach()) * len(rows) / count / members
-        schedule.step()
-        model.eval()
-        with torch.no_grad():
-            left = _left_out_loss(model, loss, data, 1.0 - used)
-        better = left < best
-        best = torch.where(better, left, best)
-        since = torch.where(better, 0.0, since + 1)
-        for name, parameter in model.named_parameters():
-            kept[name][better] = parameter.detach()[better]
-        curves.train.append(seen)
-        curves.held_out.append(float(left.mean()))
-        if not quiet:
-            print(
-                f"\repoch {epoch + 1}: left-out loss {float(best.mean()):.4f}",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-        if bool((since >= recipe.patience).all()):
-            break
-    if not quiet:
-        print(file=sys.stderr)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(kept[name])
-    return model.eval(), curves
-
-
-def _left_out_loss(
-    model: Ensemble, loss: Loss, data: tuple[Any, ...], mask: torch.Tensor, rows: int = 8192
-) -> torch.Tensor:
-    """:func:`_masked` over all rows, in slices."""
-    weights = torch.stack([part.sum(dim=1) for part in mask.split(rows, dim=1)])
-    chunks = torch.arange(mask.shape[1]).split(rows)
-    losses = torch.stack([_masked(model, loss, data, part, mask[:, part]) for part in chunks])
-    return (losses * weights).sum(dim=0) / weights.sum(dim=0)
-
-
-def _masked(
-    model: Ensemble,
-    loss: Loss,
-    data: tuple[Any, ...],
-    rows: torch.Tensor,
-    mask: torch.Tensor,
-) -> torch.Tensor:
-    """Mean loss of each member over the rows of its mask, ``[members]``."""
-    x, *targets = (part[rows] for part in data)
-    losses = loss(model(x), *targets)
-    return (losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)

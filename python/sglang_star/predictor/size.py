@@ -12,7 +12,7 @@ import sys
 from typing import Final
 
 from sglang_star.predictor import fit
-from sglang_star.predictor.fit import Recipe
+from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.samples import Samples
 
 WIDTHS: Final = (24, 48, 96, 192)

@@ -10,10 +10,11 @@ from typing import Any
 
 from sglang_star.predictor import dataset, figures, metrics, size
 from sglang_star.predictor.baselines import ByAge
-from sglang_star.predictor.fit import Recipe, fit
+from sglang_star.predictor.fit import fit
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
 from sglang_star.predictor.prompts import read_prompts
+from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.samples import Samples, describe, load_samples, read_sources
 
 
