@@ -65,6 +65,7 @@ STAR: Final = Group(
                     "make and examine the small reasoning model",
                     "sglang_star_bench.reasoning.command",
                 ),
+                "gemma": Command("a second model to measure on", "sglang_star_bench.gemma"),
                 "router": Command("time per request of the router", "sglang_star_bench.router"),
             },
         ),

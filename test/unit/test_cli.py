@@ -40,6 +40,7 @@ def test_every_documented_command_exists() -> None:
         "kv-copy",
         "predictor",
         "reasoning",
+        "gemma",
         "router",
     ]
     predictor = ("collect", "train", "eval")
