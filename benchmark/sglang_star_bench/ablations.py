@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from sglang_star.predictor import dataset, fit, metrics, size
+from sglang_star.predictor import dataset, fit, metrics, trials
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
 from sglang_star.predictor.recipe import PARTS, Recipe
@@ -68,7 +68,8 @@ def variants(base: Recipe) -> Iterator[Variant]:
     for width in WIDTHS:
         if width != base.width:
             yield change("width", f"projection to {width}", width=width)
-    for inner in (8, 128):
+    for factor in (0.25, 0.5, 2):
+        inner = max(1, round(base.inner * factor))
         yield change("width", f"inner layer of {inner}", inner=inner)
     yield change("features", "no hidden state", parts=("counts", "echo"))
     yield change("features", "no counts", parts=tuple(p for p in PARTS if p != "counts"))
@@ -78,7 +79,8 @@ def variants(base: Recipe) -> Iterator[Variant]:
     for part in ("now", "recent", "mean"):
         yield change("fusion", f"without {part}", parts=tuple(p for p in PARTS if p != part))
     yield Variant("loss", "absolute error of a point", base, point=True)
-    yield change("dropout", "a quarter of it", input_dropout=0.1, inner_dropout=0.125)
+    for divisor, name in ((0.625, "1.6 times"), (2, "half of it"), (4, "a quarter of it")):
+        yield change("dropout", name, dropout=base.dropout / divisor)
     for interval in (40, 80):
         yield Variant("interval", f"a label every {interval}", base, interval=interval)
     for share in (8, 4, 2):
@@ -101,7 +103,7 @@ def run(
     """
     fingerprint, manifest = describe(folder)
     parts = dataset.split(load_samples(folder))
-    recipe, _ = size.choose(parts.fit, recipe)
+    recipe, _ = trials.choose(parts.fit, recipe)
     rows: list[dict[str, Any]] = []
     report = {
         "model": manifest["model"],

@@ -39,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--repeats", type=int, default=1, help="ensembles per variant [1]")
     result.add_argument("--width", type=int, default=0, help="of the whole recipe [by trial]")
+    result.add_argument("--inner", type=int, default=0, help="its inner layers' size [by trial]")
+    result.add_argument("--dropout", type=float, default=0.0, help="its dropout [by trial]")
     result.add_argument("--epochs", type=int, default=60, help="at most, per variant [60]")
     result.add_argument("--json", type=Path)
     result.add_argument("--plot", type=Path)
@@ -75,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ablations(args: argparse.Namespace) -> int:
-    recipe = Recipe(width=args.width, repeats=args.repeats, epochs=args.epochs)
+    recipe = Recipe(
+        width=args.width,
+        inner=args.inner,
+        dropout=args.dropout,
+        repeats=args.repeats,
+        epochs=args.epochs,
+    )
     model = Path(args.model) if args.model else None
     report = ablations.run(args.ablations, recipe, model, lambda report: _keep(args, report))
     if args.plot:

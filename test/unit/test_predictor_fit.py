@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
-from sglang_star.predictor import dataset, metrics, size
+from sglang_star.predictor import dataset, metrics, trials
+from sglang_star.predictor import fit as fitting
 from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
 from sglang_star.predictor.fit import fit
 from sglang_star.predictor.head import Head
@@ -29,7 +33,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dataset.Split:
 
 @pytest.fixture(scope="module")
 def head(parts: dataset.Split) -> Head:
-    weights, _ = fit(parts.fit, Recipe(width=8, epochs=40, batch=256), quiet=True)
+    weights, _ = fit(
+        parts.fit, Recipe(width=8, inner=32, dropout=0.5, epochs=40, batch=256), quiet=True
+    )
     return Head(cases.head().card, weights)
 
 
@@ -76,22 +82,57 @@ def test_the_width_is_as_large_as_the_data_can_use(
 ) -> None:
     write_shard(tmp_path / "shard-000000.safetensors", spread(signal))
     samples = dataset.split(load_samples(tmp_path)).fit
-    recipe, tried = size.choose(samples, Recipe(batch=128), quiet=True)
+    recipe, tried = trials.choose(samples, Recipe(batch=128, inner=32, dropout=0.5), quiet=True)
     assert recipe.width == chosen
-    assert tried[chosen] == min(tried.values())
-    assert set(tried) <= set(size.widths(48))
+    assert tried[f"width {chosen}, inner 32, dropout 0.5"] == min(tried.values())
+    assert set(tried) <= {f"width {width}, inner 32, dropout 0.5" for width in trials.widths(48)}
 
 
-def test_a_width_given_is_not_tried(parts: dataset.Split) -> None:
-    recipe = Recipe(width=7)
-    assert size.choose(parts.fit, recipe, quiet=True) == (recipe, {})
-    with pytest.raises(ValueError, match="width"):
-        fit(parts.fit, Recipe(), quiet=True)
+@pytest.mark.parametrize(
+    ("given", "name", "values"),
+    [
+        ({"width": 7, "inner": 9}, "dropout", trials.DROPOUTS),
+        ({"width": 7, "dropout": 0.3}, "inner", [32 * k for k in trials.INNER]),
+    ],
+)
+def test_what_is_open_is_tried_in_order_while_it_helps(
+    parts: dataset.Split, given: dict[str, Any], name: str, values: Sequence[float]
+) -> None:
+    recipe, tried = trials.choose(parts.fit, Recipe(**given, epochs=2), quiet=True)
+    losses = list(tried.values())
+    chosen = values.index(getattr(recipe, name))
+    assert len(losses) == min(chosen + 2, len(values))
+    assert losses[chosen] == min(losses)
+    assert all(later < earlier for earlier, later in pairwise(losses[: chosen + 1]))
+
+
+def test_what_is_given_is_not_tried(parts: dataset.Split) -> None:
+    recipe = Recipe(width=7, inner=9, dropout=0.3)
+    assert trials.choose(parts.fit, recipe, quiet=True) == (recipe, {})
+    for unset in (Recipe(width=7), Recipe(dropout=0.3, inner=9)):
+        with pytest.raises(ValueError, match="chosen before"):
+            fit(parts.fit, unset, quiet=True)
+
+
+def test_a_trial_trains_no_more_folds_than_it_needs(
+    parts: dataset.Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    train = fitting.train
+    monkeypatch.setattr(
+        fitting,
+        "train",
+        lambda x, trains, *rest: trained.append(len(trains)) or train(x, trains, *rest),
+    )
+    requests, recipe = len(parts.fit.rids), Recipe(width=7, inner=9, dropout=0.3, epochs=1)
+    for judged in (1, requests // 2, 10 * requests):
+        fitting.trial(parts.fit, recipe, judged, quiet=True)
+    assert trained == [1, 3, 5]
 
 
 def test_same_seed_same_head(parts: dataset.Split) -> None:
-    first, _ = fit(parts.fit, Recipe(width=8, epochs=2), quiet=True)
-    again, _ = fit(parts.fit, Recipe(width=8, epochs=2), quiet=True)
+    first, _ = fit(parts.fit, Recipe(width=8, inner=32, dropout=0.5, epochs=2), quiet=True)
+    again, _ = fit(parts.fit, Recipe(width=8, inner=32, dropout=0.5, epochs=2), quiet=True)
     assert np.array_equal(first.w1, again.w1)
     assert np.array_equal(first.levels, again.levels)
 

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 
 from sglang_star.errors import HeadError
 from sglang_star.predictor import head as heads
-from sglang_star.predictor import size
+from sglang_star.predictor import trials
 from sglang_star.predictor.fingerprint import ModelFingerprint, fingerprint
-from sglang_star.predictor.fit import FOLDS, LEAST_INNER
+from sglang_star.predictor.fit import FOLDS
 from sglang_star.predictor.head import HEADS, Head
 from sglang_star.predictor.recipe import Recipe
 from unit import predictor_cases as cases
@@ -115,8 +115,8 @@ def test_the_fingerprint_ignores_dtype_and_sees_fine_tuning() -> None:
 
 @pytest.mark.parametrize("hidden", [576, 3584, 8192])
 def test_the_automatic_size_stays_under_the_parameter_bar(hidden: int) -> None:
-    width = max(size.widths(hidden))
-    inner = max(LEAST_INNER, width)
+    width = max(trials.widths(hidden))
+    inner = width * max(trials.INNER)
     inputs, bins, members = heads.BLOCKS * width + heads.FEATURES, 32, FOLDS * Recipe().repeats
     parameters = hidden * (width + 1) + members * (inputs * inner + inner + inner * bins + bins)
     assert parameters <= MOST_PARAMETERS

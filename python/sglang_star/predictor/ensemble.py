@@ -55,7 +55,7 @@ class Ensemble(torch.nn.Module):
         x = x.expand(self.w1.shape[0], -1, -1)
         x = functional.dropout(x, self._recipe.input_dropout, self.training)
         inner = torch.relu(torch.baddbmm(self.b1, x, self.w1))
-        inner = functional.dropout(inner, self._recipe.inner_dropout, self.training)
+        inner = functional.dropout(inner, self._recipe.dropout, self.training)
         return torch.baddbmm(self.b2, inner, self.w2)
 
 
@@ -95,12 +95,13 @@ def train(
         lr=recipe.learning_rate,
     )
     # Falling to nothing by the last epoch: dropout keeps a constant rate from ever settling.
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+    epochs = recipe.epochs_of(count)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     best = torch.full((members,), float("inf"))
     since = torch.zeros(members)
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     curves = Curves()
-    for epoch in range(recipe.epochs):
+    for epoch in range(epochs):
         model.train()
         seen = 0.0
         for rows in torch.randperm(count).split(recipe.batch):

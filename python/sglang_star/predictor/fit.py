@@ -7,6 +7,8 @@ request out say about it, together, tells which level to read for each nominal o
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +24,6 @@ from sglang_star.predictor.samples import Samples
 from sglang_star.protocol import QUANTILE_LEVELS
 
 FOLDS: Final = 5
-LEAST_INNER: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,10 @@ class Inputs:
     def of(cls, samples: Samples, recipe: Recipe) -> Inputs:
         """Project, standardise and deal into folds."""
         requests = len(samples.rids)
-        if not recipe.width:
-            raise ValueError("a head's width must be chosen before it is fitted")
+        if not recipe.settled:
+            raise ValueError("a head's sizes and dropout must be chosen before it is fitted")
         mean, basis = projection.project(samples, recipe.width)
         width = basis.shape[1]
-        inner = recipe.inner or max(LEAST_INNER, width)
         x = dataset.columns(dataset.inputs(samples, mean, basis))
         center, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
         # A feature that never varied was never learnt: it must not act when it varies in service.
@@ -61,7 +61,7 @@ class Inputs:
         folds = [generator.permutation(np.arange(requests) % FOLDS) for _ in range(recipe.repeats)]
         trains = np.stack([fold != left for fold in folds for left in range(FOLDS)])
         x = ((x - center) * gain).astype(np.float32)
-        return cls(mean, basis, x, center, gain, inner, trains[:, samples.request])
+        return cls(mean, basis, x, center, gain, recipe.inner, trains[:, samples.request])
 
     def train(
         self,
@@ -108,17 +108,25 @@ def fit(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> tuple[Weigh
     return weights, curves
 
 
-def trial(samples: Samples, recipe: Recipe, *, quiet: bool = False) -> float:
-    """Left-out loss of a recipe, nats per sample: the lowest mean over its members."""
-    _, _, _, curves = _survival(samples, recipe, quiet)
+def trial(samples: Samples, recipe: Recipe, judged: int, *, quiet: bool = False) -> float:
+    """Left-out loss of a recipe, nats per sample: the lowest mean over its members.
+
+    Args:
+        samples: what would be fitted on; recipe: hyperparameters and seed.
+        judged: only as many folds of one draw are trained as leave out so many requests.
+        quiet: no progress on stderr.
+    """
+    folds = min(FOLDS, math.ceil(judged * FOLDS / len(samples.rids)))
+    _, _, _, curves = _survival(samples, dataclasses.replace(recipe, repeats=1), quiet, folds)
     return min(curves.held_out)
 
 
 def _survival(
-    samples: Samples, recipe: Recipe, quiet: bool
+    samples: Samples, recipe: Recipe, quiet: bool, folds: int | None = None
 ) -> tuple[Inputs, Array, Ensemble, Curves]:
-    """Train on the survival likelihood; also the inputs and the bin edges."""
+    """Train on the survival likelihood, the first so many folds; also inputs and bin edges."""
     inputs = Inputs.of(samples, recipe)
+    inputs = dataclasses.replace(inputs, trains=inputs.trains[:folds])
     edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
     exposure, event = targets(samples, edges)
     model, curves = inputs.train(_prior(exposure, event), nll, (exposure, event), recipe, quiet)

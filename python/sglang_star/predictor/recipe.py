@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
+
+MOST_STEPS: Final = 6000
+MOST_EPOCHS: Final = 120
 
 PARTS: Final = ("now", "recent", "mean", "counts", "echo")
 """Parts of a member's input: projection now, its recent mean and its mean so far; what is known for
@@ -15,25 +19,40 @@ class Recipe:
     """Hyperparameters.
 
     Attributes:
-        width: numbers per request from the device half; 0 leaves it to :mod:`size`, which
-            :func:`fit` does not call.
-        inner: width of a member's inner layer; 0 is the projection's, at least ``LEAST_INNER``.
+        width: numbers per request from the device half; 0 leaves it open.
+        dropout: share of the inner layer's outputs, and 4/5 of it the share of the inputs, hidden
+            from a member at every step; 0 leaves it open. What is open, :mod:`trials` chooses.
+        inner: width of a member's inner layer; 0 leaves it open.
+        epochs: at most; 0 is as many as make ``MOST_STEPS`` steps, at most ``MOST_EPOCHS``.
         repeats: how often the folds are drawn; five members each.
         parts: of ``PARTS``, what the members may use.
-        input_dropout, inner_dropout, weight_decay: what keeps a few hundred requests from being
-            learnt by heart.
+        weight_decay: like the dropout, keeps a few hundred requests from being learnt by heart.
         patience: epochs without improvement of its left-out fold after which a member stops.
     """
 
     seed: int = 0
     width: int = 0
+    dropout: float = 0.0
     inner: int = 0
     learning_rate: float = 3e-3
     batch: int = 1024
-    epochs: int = 120
+    epochs: int = 0
     patience: int = 12
-    input_dropout: float = 0.4
-    inner_dropout: float = 0.5
     weight_decay: float = 0.1
     repeats: int = 2
     parts: tuple[str, ...] = PARTS
+
+    def epochs_of(self, samples: int, steps: int = MOST_STEPS) -> int:
+        """Epochs over so many samples."""
+        per_epoch = math.ceil(samples / self.batch)
+        return self.epochs or min(MOST_EPOCHS, math.ceil(steps / per_epoch))
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is open but the epochs."""
+        return bool(self.width and self.inner and self.dropout)
+
+    @property
+    def input_dropout(self) -> float:
+        """Share of the inputs hidden from a member at every step."""
+        return 0.8 * self.dropout

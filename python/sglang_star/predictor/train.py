@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_star.predictor import dataset, figures, metrics, size
+from sglang_star.predictor import dataset, figures, metrics, trials
 from sglang_star.predictor.baselines import ByAge
 from sglang_star.predictor.fit import fit
 from sglang_star.predictor.hazard import Array
@@ -27,8 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     model, manifest = describe(args.samples)
     parts, _ = load_split(args.samples, args.sources, args.hold_out_source)
-    recipe = Recipe(seed=args.seed, width=args.width, epochs=args.epochs, repeats=args.repeats)
-    recipe, tried = size.choose(parts.fit, recipe)
+    recipe = Recipe(
+        seed=args.seed,
+        width=args.width,
+        inner=args.inner,
+        dropout=args.dropout,
+        epochs=args.epochs,
+        repeats=args.repeats,
+    )
+    recipe, tried = trials.choose(parts.fit, recipe)
     weights, curves = fit(parts.fit, recipe)
     card = HeadCard(
         model=args.name or manifest["model"],
@@ -37,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         | volume(parts)
         | {
             "recipe": dataclasses.asdict(recipe),
-            "left_out_loss_by_width": {str(width): loss for width, loss in tried.items()},
+            "left_out_loss_of_trials": tried,
             "held_out_sources": args.hold_out_source,
         },
         metrics={},
@@ -65,10 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--name", help="model name to record [folder name of the model]")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--width", type=int, default=0, help="projected size [by trial]")
+    result.add_argument("--inner", type=int, default=0, help="inner layers' size [by trial]")
+    result.add_argument("--dropout", type=_share, default=0.0, help="strength [by trial]")
     result.add_argument(
         "--repeats", type=int, default=2, help="draws of the folds, five networks each [2]"
     )
-    result.add_argument("--epochs", type=int, default=120, help="at most [120]")
+    result.add_argument("--epochs", type=int, default=0, help="at most [by the number of samples]")
     result.add_argument(
         "--hold-out-source",
         nargs="+",
@@ -81,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--plot", type=Path, help="figure of the loss curves")
     return result
+
+
+def _share(word: str) -> float:
+    share = float(word)
+    if not 0.0 <= share < 1.0:
+        raise ValueError(word)
+    return share
 
 
 def load_split(
