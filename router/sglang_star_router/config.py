@@ -240,6 +240,11 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     args["rescheduler_params"] = _params("--rescheduler-param", args.pop("rescheduler_param"))
     if args["rescheduler_params"] and args["rescheduler"] == "off":
         raise ConfigError("--rescheduler-param has no effect with --rescheduler off")
+    if args["rescheduler_params"].get("recompute_tokens_per_s"):
+        raise ConfigError(
+            "engines move KV by copying it; recomputing it at the target is for star simulate",
+            hint="leave recompute_tokens_per_s out",
+        )
     return RouterConfig(members=members, **args)
 
 

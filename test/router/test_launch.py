@@ -63,6 +63,10 @@ def test_flags_of_sglang_router_are_understood():
         (f"--worker-urls {URL} --rescheduler star --rescheduler-param risk_sigma", "NAME=NUMBER"),
         (f"--worker-urls {URL} --rescheduler-param risk_sigma=1", "--rescheduler off"),
         (f"--worker-urls {URL} --policy-param x=1", "x"),
+        (
+            f"--worker-urls {URL} --rescheduler star --rescheduler-param recompute_tokens_per_s=9",
+            "leave recompute_tokens_per_s out",
+        ),
     ],
 )
 def test_bad_combinations_end_with_a_message(line, words, capsys):
