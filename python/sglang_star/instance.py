@@ -286,13 +286,13 @@ class Instance:
         """SGLang ends a request outside the output stream; True if it was a guest."""
         return self._outflow.aborted_here(rid, reason)
 
-    def abort(self, wanted: Callable[[Req], bool], message: str | None) -> None:
-        """A client's abort, for requests that SGLang does not find in its batch."""
-        self._relay.abort(wanted, message)
+    def abort(self, wanted: Callable[[Req], bool], reason: FINISH_ABORT) -> None:
+        """An abort of SGLang's, for requests that it does not find in its batch."""
+        self._relay.abort(wanted, reason)
         for move in list(self._source.moves.values()):
             if move.off_batch and wanted(move.req):
                 self._source.abort(move, "aborted")
-                move.req.finished_reason = FINISH_ABORT(message)
+                move.req.finished_reason = reason
                 move.req.time_stats.set_completion_time()
                 self._scheduler.output_streamer.stream_output([move.req], move.req.return_logprob)
 

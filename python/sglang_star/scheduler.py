@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from http import HTTPStatus
 from typing import Any
 
 from sglang_star import hooks
@@ -90,11 +91,15 @@ def add_request_to_queue(
 
 def abort_request(scheduler: Any, recv_req: Any) -> None:
     """BEFORE ``Scheduler.abort_request``."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     def wanted(req: Any) -> bool:
         return bool(recv_req.abort_all or req.rid.startswith(recv_req.rid))
 
-    getattr(scheduler, _INSTANCE).abort(wanted, recv_req.abort_message)
+    # As SGLang answers: whatever has a message, such as a time-out, is the server's doing.
+    message = recv_req.abort_message
+    reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE) if message else FINISH_ABORT()
+    getattr(scheduler, _INSTANCE).abort(wanted, reason)
 
 
 def send_abort_output(original: Any, scheduler: Any, abort_req: Any, req: Any) -> None:

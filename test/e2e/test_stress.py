@@ -27,6 +27,7 @@ from sglang_star.model import tiny_model
 pytestmark = pytest.mark.e2e
 
 REQUESTS = 240
+RESERVE = 96
 CONCURRENT = 16
 SEED = 5
 
@@ -121,7 +122,10 @@ def trio(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
         predictor="off",
         rescheduler="off",
         max_total_tokens=4096,
-        engine_arguments=(*COMMON, "--star-max-moves", "8"),
+        engine_arguments=(
+            *(*COMMON, "--star-max-moves", "8"),
+            *("--num-reserved-decode-tokens", str(RESERVE)),
+        ),
     )
     with Cluster(spec, tmp_path_factory.mktemp("storm")) as running:
         yield running
@@ -133,6 +137,15 @@ async def twins_of(fleet: Fleet) -> dict[int, list[int]]:
     for number in range(40):
         twins[number] = await stream(fleet, url, body(number))
     return twins
+
+
+def test_the_router_reads_what_each_engine_keeps_free(trio: Cluster) -> None:
+    async def scenario() -> None:
+        async with Fleet.connect(trio) as fleet:
+            shown = (await fleet.get(fleet.router + "/star/cluster"))["instances"]
+            assert [one["reserve_each"] for one in shown] == [RESERVE] * 3
+
+    asyncio.run(scenario())
 
 
 def test_storm_of_moves(trio: Cluster) -> None:

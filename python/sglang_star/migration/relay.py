@@ -151,10 +151,10 @@ class Relay:
 
     # ------------------------------------------------------------------ abort, loss
 
-    def abort(self, wanted: Callable[[Req], bool], message: str | None) -> None:
+    def abort(self, wanted: Callable[[Req], bool], reason: FINISH_ABORT) -> None:
         """End every shadow that ``wanted`` names, here and at its host."""
         for shadow in [s for s in self.shadows.values() if wanted(s.req)]:
-            shadow.req.finished_reason = FINISH_ABORT(message)
+            shadow.req.finished_reason = reason
             self._end(shadow, HomeEvent.ABORT)
             self._release(shadow.stream_id, shadow.migration_id, shadow.host, "aborted")
             self._fresh[shadow.req.rid] = shadow.req

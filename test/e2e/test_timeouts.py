@@ -1,0 +1,64 @@
+"""SGLang's own limit on a request's running time holds wherever the request runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from e2e.conftest import COMMON
+from e2e.fleet import Fleet
+from sglang_star.cluster import Cluster
+from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.model import tiny_model
+
+pytestmark = pytest.mark.e2e
+
+LIMIT_S = 6
+BODY = {
+    "input_ids": [100, 200, 300],
+    "sampling_params": {"max_new_tokens": 20_000, "temperature": 0, "ignore_eos": True},
+}
+"""Far more tokens than any machine makes within the limit."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    spec = ClusterSpec(
+        model=str(tiny_model()),
+        aggregated=2,
+        predictor="off",
+        rescheduler="off",
+        max_total_tokens=24_576,
+        engine_arguments=COMMON,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", str(LIMIT_S))
+        with Cluster(spec, tmp_path_factory.mktemp("timeouts")) as running:
+            yield running
+
+
+async def answered(fleet: Fleet, url: str) -> tuple[int, str]:
+    code, answer = await fleet.post(url + "/generate", BODY)
+    return code, str(answer)
+
+
+def test_a_request_that_runs_elsewhere_times_out_like_one_at_home(pair: Cluster) -> None:
+    async def scenario() -> None:
+        async with Fleet.connect(pair) as fleet:
+            home, other = fleet.engines
+            stayed = await answered(fleet, fleet.engines[home])
+            assert "running timeout" in stayed[1], stayed
+            request = asyncio.create_task(answered(fleet, fleet.engines[home]))
+            async with fleet.moving(moves=1):
+                while not any(s["running"] for s in [(await fleet.statuses())[other]]):
+                    assert not request.done(), request.result()
+                    await asyncio.sleep(0.02)
+                moved = await request
+            assert len(fleet.moved) == 1
+            assert moved[0] == stayed[0]
+            assert "running timeout" in moved[1], moved
+            await fleet.settle()
+
+    asyncio.run(scenario())
