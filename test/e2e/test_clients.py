@@ -16,6 +16,7 @@ from openai import AsyncOpenAI
 
 from e2e.conftest import LAYOUTS
 from e2e.fleet import Fleet
+from e2e.test_identity import TOOL
 from sglang_star.cluster import Cluster
 
 pytestmark = pytest.mark.e2e
@@ -26,21 +27,6 @@ PROMPTS = (
     "Name the parts of a bicycle.",
     "Write a letter to a lighthouse keeper.",
 )
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "report_weather",
-        # Strict, so that the grammar ends the call before max_tokens cuts it: SGLang's streaming
-        # tool parser drops or keeps the tail of a cut call depending on how chunks fall.
-        "strict": True,
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 80}},
-            "required": ["city"],
-        },
-    },
-}
-
 BENCHMARK_PROMPTS = 10
 BENCHMARK_TOKENS = 64
 MOVES = 6
