@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -128,6 +129,19 @@ def test_a_trial_trains_no_more_folds_than_it_needs(
     for judged in (1, requests // 2, 10 * requests):
         fitting.trial(parts.fit, recipe, judged, quiet=True)
     assert trained == [1, 3, 5]
+
+
+@pytest.mark.parametrize(("enough", "share"), [(10**6, 1.0), (1, fitting.ASIDE)])
+def test_many_requests_leave_some_that_only_calibrate(
+    parts: dataset.Split, monkeypatch: pytest.MonkeyPatch, enough: int, share: float
+) -> None:
+    monkeypatch.setattr(fitting, "ASIDE_FROM", enough)
+    inputs = fitting.Inputs.of(parts.fit, Recipe(width=7, inner=9, dropout=0.3))
+    request = parts.fit.request
+    asides = {int(r) for r in request[inputs.calibrates]}
+    assert len(asides) == math.ceil(share * len(parts.fit.rids))
+    learnt = inputs.trains.any(axis=0)
+    assert learnt.all() if share == 1.0 else (learnt == ~inputs.calibrates).all()
 
 
 def test_same_seed_same_head(parts: dataset.Split) -> None:
