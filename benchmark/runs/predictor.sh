@@ -7,10 +7,11 @@
 # MODEL is a path as for SGLang; OUT receives samples, heads, JSON and figures. Parts: collect floor
 # train table held ablations step curve (default all). The environment sets SAMPLING (flags of
 # `star predictor collect`) [--temperature 0.2 --top-p 0.9 --top-k 64], LIMIT [1800] prompts,
-# POINTS [100] prefixes of 16 outputs for the floor, HOLD [gsm8k_train ifeval] sources, MINUTES [15]
-# of processor time for the auxiliary model. On one core of a CPU the default model takes hours.
+# POINTS [100] prefixes of 16 outputs for the floor, TRAIN flags of `star predictor train`, HOLD
+# [gsm8k_train ifeval] sources, MINUTES [15] of processor time for the auxiliary model. On one core
+# of a CPU the default model takes hours.
 set -eu
-[ $# -ge 3 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$1 prompts=$2 out=$3
 shift 3
 mkdir -p "$out"
@@ -30,7 +31,7 @@ floor() {
 }
 train() {
     made "$out/head.safetensors" || star predictor train --samples "$out/samples" \
-        --sources "$prompts" --out "$out/head.safetensors" --plot "$out/loss.png"
+        --sources "$prompts" --out "$out/head.safetensors" --plot "$out/loss.png" ${TRAIN:-}
 }
 table() {
     made "$out/table.json" || star predictor eval --samples "$out/samples" --model "$model" \
@@ -39,7 +40,7 @@ table() {
 }
 held() { # heads and baselines that never saw a prompt of these sources
     made "$out/held.safetensors" || star predictor train --samples "$out/samples" \
-        --sources "$prompts" --hold-out-source $hold --out "$out/held.safetensors"
+        --sources "$prompts" --hold-out-source $hold --out "$out/held.safetensors" ${TRAIN:-}
     made "$out/held.json" || star predictor eval --samples "$out/samples" --model "$model" \
         --sources "$prompts" --hold-out-source $hold --head "$out/held.safetensors" \
         --auxiliary-minutes "${MINUTES:-15}" --json "$out/held.json" --plot "$out/held.png"
