@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-import numpy as np
-
 from sglang_star.errors import ConfigError
-from sglang_star.protocol import QUANTILE_LEVELS, Advertisement, InstanceStatus, MoveReport
+from sglang_star.protocol import Advertisement, InstanceStatus, MoveReport
 from sglang_star_router.config import Endpoint, Member
-from sglang_star_router.policy.snapshot import FloatArray
+from sglang_star_router.lengths import Lengths
 from sglang_star_router.table import RequestTable
 
 logger = logging.getLogger(__name__)
@@ -114,7 +111,7 @@ class Cluster:
 
     Attributes:
         version: grows whenever a snapshot taken before would differ.
-        finished_lengths: output tokens of recently finished requests.
+        lengths: what requests that have ended tell.
     """
 
     def __init__(self, members: tuple[Member, ...]) -> None:
@@ -125,7 +122,7 @@ class Cluster:
                 member.endpoint, member.role, member.bootstrap_port, name=url
             )
         self.version = 0
-        self.finished_lengths: deque[int] = deque(maxlen=512)
+        self.lengths = Lengths()
         self.on_move_report: Callable[[Instance, MoveReport], None] = _ignore_report
         self._settled_s: dict[str, float] = {}
         self._bytes_per_token = 4.0
@@ -226,8 +223,13 @@ class Cluster:
             if table.row(rid) is None and self.holder_in_status(rid) is None:
                 row = before.row(rid)
                 assert row is not None
-                self.finished_lengths.append(int(before.output_tokens[row]))
+                tokens = int(before.output_tokens[row])
+                self.lengths.vanished(rid, tokens, in_flight=self._in_flight(rid))
                 self._settled_s.pop(rid, None)
+        self.lengths.shown(table)
+
+    def _in_flight(self, rid: str) -> bool:
+        return any(rid in one.by_rid for one in self)
 
     def holder_in_status(self, rid: str) -> Instance | None:
         """The instance whose latest status shows ``rid``."""
@@ -236,6 +238,7 @@ class Cluster:
     def _forget_status(self, instance: Instance) -> None:
         for rid in instance.table.rids:
             self._settled_s.pop(rid, None)
+            self.lengths.band.lost(rid)
         instance.status = None
         instance.table = RequestTable.empty()
 
@@ -258,6 +261,8 @@ class Cluster:
         if instance.by_rid.get(dispatch.rid) is dispatch:
             del instance.by_rid[dispatch.rid]
         self._prompt_bytes.pop(dispatch.rid, None)
+        if not self._in_flight(dispatch.rid):
+            self.lengths.ended(dispatch.rid)
         self.changed()
 
     def tokens_of(self, prompt_bytes: int) -> int:
@@ -268,13 +273,6 @@ class Cluster:
         size = self._prompt_bytes.pop(rid, 0)
         if size and tokens:
             self._bytes_per_token += 0.05 * (size / tokens - self._bytes_per_token)
-
-    def prior_output(self) -> FloatArray:
-        """Output length of recently finished requests at the protocol's quantile levels."""
-        if not self.finished_lengths:
-            return np.full(len(QUANTILE_LEVELS), np.nan)
-        levels: FloatArray = np.quantile(np.array(self.finished_lengths), QUANTILE_LEVELS)
-        return levels
 
     # ------------------------------------------------------------------ change
 

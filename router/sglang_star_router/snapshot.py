@@ -113,7 +113,7 @@ class Snapshots:
             moves_out=np.array([out for out, _ in moves], np.int64),
             moves_in=np.array([into for _, into in moves], np.int64),
         )
-        return FleetSnapshot(now, instances, self._requests(now), self._cluster.prior_output())
+        return FleetSnapshot(now, instances, self._requests(now), self._cluster.lengths.prior())
 
     def _requests(self, now: float) -> Requests:
         tables = [m.table for m in self._members]

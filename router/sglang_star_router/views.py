@@ -75,6 +75,8 @@ def cluster_json(
         "holding": dispatcher.holding,
         "dispatched": dispatcher.sequence,
         "open_migrations": ledger.open_count,
+        "predictor_judged": cluster.lengths.band.judged,
+        "predictor_kept": cluster.lengths.band.kept,
         "statuses_received": feed.received,
         "statuses_dropped": sum(feed.dropped.values()),
         "instances": [instance_json(one, ledger, now, requests=requests) for one in cluster],
@@ -116,6 +118,11 @@ def fleet_metrics(
     yield counter("predictor_failures", "Steps without estimates because of a defect.",
                   [((m.name,), m.status.predictor_failures) for m in members if m.status],
                   ("instance",))  # fmt: skip
+    band = cluster.lengths.band
+    yield counter("predictor_judged", "Requests that ended and had an estimate.",
+                  [((), band.judged)], ())  # fmt: skip
+    yield counter("predictor_kept", "Those of them that the P10-P90 band held.",
+                  [((), band.kept)], ())  # fmt: skip
     yield gauge("holding_requests", "Requests held at the router.",
                 [("router", dispatcher.holding)], "at")  # fmt: skip
     yield counter("refused", "Requests the router refused.",

@@ -47,6 +47,84 @@ def test_status_becomes_visible_to_policies_and_operators():
     run(check())
 
 
+def test_the_promise_of_an_estimate_is_held_against_how_a_request_ended():
+    def estimated(rid: str, output: int, remaining: float, **fields):
+        quantiles = tuple(remaining * share for share in (0.5, 0.7, 1.0, 1.5, 2.0))
+        return request_status(rid, output=output, remaining=quantiles, **fields)
+
+    async def check():
+        first = FakeEngine()
+        async with fleet(first) as running:
+            await running.publish(
+                first,
+                estimated("early", 5, 9.0),
+                estimated("held", 20, 100.0),
+                estimated("too-long", 20, 100.0),
+                estimated("to-the-limit", 20, 500.0, max_new_tokens=150),
+                request_status("untold", output=20),
+            )
+            # The first estimate counts, whatever is said later.
+            await running.publish(
+                first,
+                estimated("held", 120, 900.0),
+                estimated("too-long", 500, 1.0),
+                estimated("to-the-limit", 150, 1.0, max_new_tokens=150),
+            )
+            await running.publish(first)
+            cluster = orjson.loads((await running.get("/star/cluster"))[1])
+            assert (cluster["predictor_judged"], cluster["predictor_kept"]) == (3, 2)
+            text = (await running.get("/metrics"))[1].decode()
+            assert "star_router_predictor_judged_total 3.0" in text
+            assert "star_router_predictor_kept_total 2.0" in text
+
+    run(check())
+
+
+def test_a_request_between_two_instances_has_not_finished():
+    async def check():
+        source, target = FakeEngine(gate=asyncio.Event()), FakeEngine()
+        async with fleet(source, target) as running:
+            cluster = running.router.cluster
+            running.instance(target).held_back = True
+            request = asyncio.create_task(running.post("/generate", {"text": "a", "stream": True}))
+            await eventually(lambda: source.active)
+            rid = source.requests[0]["rid"]
+            said = {"remaining": (50.0, 70.0, 100.0, 150.0, 200.0)}
+            await running.publish(source, request_status(rid, output=20, **said))
+            await running.publish(source)  # handed over; the target's status is still to come
+            assert list(cluster.lengths.recent) == []
+            await running.publish(target, request_status(rid, output=120, **said))
+            await running.publish(target)
+            assert (list(cluster.lengths.recent), cluster.lengths.band.judged) == ([], 0)
+            source.gate.set()
+            await request
+            await eventually(lambda: list(cluster.lengths.recent) == [120])
+            assert (
+                cluster.lengths.band.judged,
+                cluster.lengths.band.kept,
+                cluster.lengths._gone,
+            ) == (1, 1, {})
+
+    run(check())
+
+
+def test_a_restart_judges_no_estimate():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine) as running:
+            await running.publish(
+                engine, request_status("r", output=20, remaining=(1.0, 2.0, 3.0, 4.0, 5.0))
+            )
+            band = running.router.cluster.lengths.band
+            assert len(band._promised) == 1
+            engine.incarnation = 2
+            await engine.publish(engine.status())  # another incarnation: described afresh
+            await eventually(lambda: running.instance(engine).restarts == 1)
+            assert (band.judged, band._promised) == (0, {})
+
+    run(check())
+
+
 def test_policies_know_what_each_engine_keeps_free_for_growth():
     async def check():
         engines = FakeEngine(), FakeEngine(reserve=64)
@@ -283,8 +361,8 @@ def test_lengths_of_what_finished_become_the_prior():
             await running.publish(a, request_status("done", output=77), request_status("moves"))
             await running.publish(b, request_status("moves", output=11))
             await running.publish(a)
-            assert list(cluster.finished_lengths) == [77]
-            assert cluster.prior_output().tolist() == [77.0] * 5
+            assert list(cluster.lengths.recent) == [77]
+            assert cluster.lengths.prior().tolist() == [77.0] * 5
 
     run(check())
 
