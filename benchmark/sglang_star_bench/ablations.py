@@ -29,7 +29,7 @@ NAME: Final = "ablation"
 LAYERS: Final = (0.25, 0.5, 0.75)
 """Depths at which states are tried, as a share of all layers."""
 KEPT: Final = ("mae", "mae_ci", "c_index", "coverage", "coverage_open", "coverage_open_expected")
-WIDTHS: Final = (8, 16, 32, 64, 128, 256)
+WIDTHS: Final = (8, 16, 32, 64, 128, 192, 256)
 
 Predict = Callable[[Samples], Array]
 Keep = Callable[[dict[str, Any]], None]
@@ -58,15 +58,15 @@ class Variant:
         return dataset.thinned(chosen, self.interval) if self.interval else chosen
 
 
-def variants(base: Recipe) -> Iterator[Variant]:
-    """The recipe as it is, then every change to it."""
+def variants(base: Recipe, hidden: int) -> Iterator[Variant]:
+    """The recipe as it is, then every change to it, for states of so many numbers."""
 
     def change(group: str, name: str, **changes: Any) -> Variant:
         return Variant(group, name, dataclasses.replace(base, **changes))
 
     yield Variant("", FULL, base)
     for width in WIDTHS:
-        if width != base.width:
+        if width != base.width and width <= hidden:
             yield change("width", f"projection to {width}", width=width)
     for factor in (0.25, 0.5, 2):
         inner = max(1, round(base.inner * factor))
@@ -133,7 +133,7 @@ def run(
         if keep is not None:
             keep(report)
 
-    for variant in variants(recipe):
+    for variant in variants(recipe, parts.fit.hidden.shape[1]):
         judge(variant, parts)
     if model is not None:
         last = layers.count(model)
