@@ -50,9 +50,9 @@ RESCHEDULER_ARGUMENTS: Final = (
     # The defaults are a GPU's; a CPU's steps are slower without being overloaded.
     "--rescheduler-param",
     "tpot_slo_ms=2000",
-    # Ten seconds are hundreds of a GPU's steps and fifteen of these.
+    # From its start or its last move: ten seconds are hundreds of a GPU's steps, and fifteen of these.
     "--rescheduler-param",
-    "cooldown_s=120",
+    "cooldown_s=45",
     "--rescheduler-param",
     "horizon_steps=240",
     # Eighteen requests are few, and chance weighs more than in a large fleet.
