@@ -50,7 +50,7 @@ RESCHEDULER_ARGUMENTS: Final = (
     # The defaults are a GPU's; a CPU's steps are slower without being overloaded.
     "--rescheduler-param",
     "tpot_slo_ms=2000",
-    # From its start or its last move: ten seconds are hundreds of a GPU's steps, and fifteen of these.
+    # Counted from its start too. Ten seconds are hundreds of a GPU's steps, and fifteen of these.
     "--rescheduler-param",
     "cooldown_s=45",
     "--rescheduler-param",
