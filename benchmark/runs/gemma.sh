@@ -6,9 +6,10 @@
 #
 #   benchmark/runs/gemma.sh PROMPTS OUT [PART...]
 #
-# PARTS as for predictor.sh (default collect train table). LIMIT [500] prompts.
+# PARTS as for predictor.sh (default collect train table). LIMIT [500] prompts; PYTHON needs pip, which
+# the environment made by ./star has.
 set -eu
-[ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 prompts=$1 out=$2
 shift 2
 [ $# -gt 0 ] || set -- collect train table
