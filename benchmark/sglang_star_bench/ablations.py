@@ -94,7 +94,7 @@ def run(
 
     Args:
         folder: a collection.
-        recipe: the whole recipe; its width is chosen by trial if it has none.
+        recipe: the whole recipe; what it leaves open is chosen by trial.
         model: the collection's model, to try its other layers; None leaves them out.
         keep: called with the report so far after every variant: all of them take hours.
 

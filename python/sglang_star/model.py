@@ -200,14 +200,10 @@ def _convert(home: Path) -> None:
     """Write the default model as a bfloat16 checkpoint with tokenizer and chat template."""
     gguf = _source()
     log.info("converting %s, once for this machine", DEFAULT_NAME)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers import GenerationConfig
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    AutoTokenizer.from_pretrained(**where).save_pretrained(home)
-    model = AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    tokenizer, model = read_gguf(gguf)
+    tokenizer.save_pretrained(home)
     ids = {name: getattr(model.config, name) for name in _SPECIAL_IDS}
     model.generation_config = GenerationConfig(**ids, **SAMPLING)
     model.save_pretrained(home)
@@ -216,6 +212,18 @@ def _convert(home: Path) -> None:
             "converting the default model gave other weights than expected",
             hint="install the versions of torch and transformers in constraints.txt",
         )
+
+
+def read_gguf(path: Path) -> tuple[Any, Any]:
+    """Return tokenizer and model of a GGUF file, its weights dequantised to bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    return AutoTokenizer.from_pretrained(**where), model
 
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

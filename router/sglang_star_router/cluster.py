@@ -261,7 +261,7 @@ class Cluster:
         if instance.by_rid.get(dispatch.rid) is dispatch:
             del instance.by_rid[dispatch.rid]
         self._prompt_bytes.pop(dispatch.rid, None)
-        if not self._in_flight(dispatch.rid):
+        if self.lengths.awaits(dispatch.rid) and not self._in_flight(dispatch.rid):
             self.lengths.ended(dispatch.rid)
         self.changed()
 

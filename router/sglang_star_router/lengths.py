@@ -44,10 +44,13 @@ class Lengths:
         else:
             self._finished(rid, tokens)
 
+    def awaits(self, rid: str) -> bool:
+        """Whether no status shows a request whose stream went on: rare, and cheap to ask."""
+        return rid in self._gone
+
     def ended(self, rid: str) -> None:
-        """Take in that a stream has ended; the status may or may not have told so before."""
-        if rid in self._gone:
-            self._finished(rid, self._gone.pop(rid))
+        """Take in that the stream of a request that :meth:`awaits` it has ended."""
+        self._finished(rid, self._gone.pop(rid))
 
     def prior(self) -> FloatArray:
         """Output length of recently finished requests at the protocol's quantile levels."""
