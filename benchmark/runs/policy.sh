@@ -5,8 +5,8 @@
 #   benchmark/runs/policy.sh TRACES OUT [PART...]
 #
 # TRACES holds servegen_r1_long3h.parquet and azure2023_conv.parquet under the names below; OUT
-# receives JSON and figures. Parts: small queued scenarios reserve sensitivity timing sustain chat
-# fleets cards (default all).
+# receives JSON and figures. Parts: small queued scenarios reserve sensitivity bias timing sustain
+# chat fleets cards (default all).
 set -eu
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 traces=$1 out=$2
@@ -53,6 +53,16 @@ sensitivity() {
     grid half-speed --trace "$long" --decode 8 --profile "24gb-7b,24gb-7b,24gb-7b,24gb-7b*2" \
         --loads 0.6,0.9,1.3 --seeds 3 $slow
 }
+bias() { # a head trained on other traffic, with and without the router's correction
+    for wrong in "1 1" "0.25 1" "4 1" "1 0.2" "0.25 0.2" "4 0.2"; do
+        set -- $wrong
+        for correct in true false; do
+            grid "bias-$1-band-$2-$correct" --trace "$long" --decode 8 --loads 0.9,1.3 --seeds 3 \
+                $slow --policy star --set "config.estimate_bias=$1" \
+                --set "config.estimate_band=$2" --set "config.calibrate=$correct"
+        done
+    done
+}
 scenarios() { # what could break it
     for name in all-short all-max adversarial dominant-client flash-crowd; do
         grid "scenario-$name" --scenario "$name" --trace "$long" --decode 8 \
@@ -77,5 +87,5 @@ reserve() { # SGLang's --num-reserved-decode-tokens, and how much of the memory 
 }
 timing() { bench --decision-time 4,8,32,64,128,256 --json "$out/decision.json" --plot "$out/decision.png"; }
 
-[ $# -gt 0 ] || set -- small queued scenarios reserve sensitivity timing sustain chat fleets cards
+[ $# -gt 0 ] || set -- small queued scenarios reserve sensitivity bias timing sustain chat fleets cards
 for part in "$@"; do "$part"; done

@@ -1,17 +1,18 @@
 #!/bin/sh
 # Reproduces the predictor's results from prompts to figures: samples, floor, head, table against the
-# baselines, whole sources held out, ablations, time per step. Every part resumes or is kept.
+# baselines, whole sources held out, the router's correction of them, ablations, time per step. Every
+# part resumes or is kept.
 #
 #   benchmark/runs/predictor.sh MODEL PROMPTS OUT [PART...]
 #
 # MODEL is a path as for SGLang; OUT receives samples, heads, JSON and figures. Parts: collect floor
-# train table held ablations step curve (default all). The environment sets SAMPLING (flags of
-# `star predictor collect`) [--temperature 0.2 --top-p 0.9 --top-k 64], LIMIT [1800] prompts,
-# POINTS [100] prefixes of 16 outputs for the floor, TRAIN flags of `star predictor train`, HOLD
-# [gsm8k_train ifeval] sources, MINUTES [15] of processor time for the auxiliary model. On one core
-# of a CPU the default model takes hours.
+# train table held calibration ablations step curve (default all). The environment sets SAMPLING
+# (flags of `star predictor collect`) [--temperature 0.2 --top-p 0.9 --top-k 64], LIMIT [1800]
+# prompts, POINTS [100] prefixes of 16 outputs for the floor, TRAIN flags of `star predictor train`,
+# HOLD [gsm8k_train ifeval] sources, MINUTES [15] of processor time for the auxiliary model. On one
+# core of a CPU the default model takes hours.
 set -eu
-[ $# -ge 3 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$1 prompts=$2 out=$3
 shift 3
 mkdir -p "$out"
@@ -53,12 +54,17 @@ step() {
     made "$out/step.json" || star bench predictor --head "$out/head.safetensors" --model "$model" \
         --batch 1 8 32 --json "$out/step.json" --plot "$out/step.png"
 }
+calibration() { # what the router's correction makes of the held-out sources' estimates
+    made "$out/calibration.json" || star bench calibration --samples "$out/samples" \
+        --sources "$prompts" --hold-out-source $hold --head "$out/held.safetensors" \
+        --json "$out/calibration.json"
+}
 curve() {
     made "$out/error_curve.json" || star predictor eval --samples "$out/samples" \
         --head "$out/head.safetensors" --only by_age --error-curve "$out/error_curve.json"
 }
 
-[ $# -gt 0 ] || set -- collect floor train table held ablations step curve
+[ $# -gt 0 ] || set -- collect floor train table held calibration ablations step curve
 for part in "$@"; do
     echo "== $part"
     "$part"

@@ -29,7 +29,7 @@ predict() { # the auxiliary model gets more time than elsewhere: there is more t
     LIMIT=8000 POINTS=120 MINUTES="${MINUTES:-20}" HOLD="${HOLD:-collatz tree}" \
         TRAIN="--repeats 1 --name star-reasoning-1.6m" \
         "$(dirname "$0")/predictor.sh" "$model" "$out/prompts.jsonl.gz" "$out" \
-        floor train table held curve
+        floor train table held calibration curve
 }
 
 [ $# -gt 0 ] || set -- train check prompts collect predict

@@ -66,6 +66,7 @@ STAR: Final = Group(
                     "sglang_star_bench.reasoning.command",
                 ),
                 "gemma": Command("a second model to measure on", "sglang_star_bench.gemma"),
+                "calibration": Command("the router's correction", "sglang_star_bench.calibration"),
                 "router": Command("time per request of the router", "sglang_star_bench.router"),
             },
         ),

@@ -72,7 +72,7 @@ class Router:
     ) -> None:
         oracle = config.rescheduler == "oracle"
         self.config = config
-        self.cluster = Cluster(config.members)
+        self.cluster = Cluster(config.members, calibrate=config.calibrate)
         self.metrics = Metrics()
         self.pool = Pool()
         self.engine = EngineClient(self.pool, config.api_key, config.health_check_timeout)

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from sglang_star.protocol import QUANTILE_LEVELS
+from sglang_star_router.policy.snapshot import FloatArray
 from sglang_star_router.table import RequestTable
 
 FIRST_TOKENS: Final = 16
@@ -25,28 +26,36 @@ class Band:
     Attributes:
         judged: requests that ended and had an estimate.
         kept: those of them whose length lay within it, as far as their last status tells.
+        kept_corrected: the same of the band that policies see, corrected by earlier requests.
     """
 
     def __init__(self) -> None:
         self.judged = 0
         self.kept = 0
-        self._promised: dict[str, tuple[float, float]] = {}
+        self.kept_corrected = 0
+        self._promised: dict[str, FloatArray] = {}
 
-    def sighted(self, table: RequestTable) -> None:
-        """Note the first estimate of every request, as the total lengths it allows."""
+    def sighted(self, table: RequestTable, corrected: FloatArray) -> None:
+        """Note the first estimate of every request, as the total lengths it allows.
+
+        Args:
+            corrected: ``table.remaining`` as policies see it.
+        """
         told = (table.output_tokens >= FIRST_TOKENS) & np.isfinite(table.remaining).all(axis=1)
         for row in np.flatnonzero(told):
             if table.rids[row] not in self._promised:
-                total = table.output_tokens[row] + table.remaining[row]
-                total = np.minimum(total, table.max_new_tokens[row])
-                self._promised[table.rids[row]] = (float(total[LOW]), float(total[HIGH]))
+                both = np.stack([table.remaining[row], corrected[row]])[:, (LOW, HIGH)]
+                total = np.minimum(table.output_tokens[row] + both, table.max_new_tokens[row])
+                self._promised[table.rids[row]] = total
 
     def ended(self, rid: str, output_tokens: int) -> None:
         """Judge a request that ended with so many tokens."""
         promised = self._promised.pop(rid, None)
         if promised is not None:
             self.judged += 1
-            self.kept += promised[0] <= output_tokens <= promised[1]
+            given, corrected = (low <= output_tokens <= high for low, high in promised)
+            self.kept += given
+            self.kept_corrected += corrected
 
     def lost(self, rid: str) -> None:
         """Forget a request whose instance restarted: its length is nobody's."""

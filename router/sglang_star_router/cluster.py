@@ -114,7 +114,7 @@ class Cluster:
         lengths: what requests that have ended tell.
     """
 
-    def __init__(self, members: tuple[Member, ...]) -> None:
+    def __init__(self, members: tuple[Member, ...], *, calibrate: bool = True) -> None:
         self.instances: dict[str, Instance] = {}
         for member in members:
             url = member.endpoint.url
@@ -122,7 +122,7 @@ class Cluster:
                 member.endpoint, member.role, member.bootstrap_port, name=url
             )
         self.version = 0
-        self.lengths = Lengths()
+        self.lengths = Lengths(calibrate=calibrate)
         self.on_move_report: Callable[[Instance, MoveReport], None] = _ignore_report
         self._settled_s: dict[str, float] = {}
         self._bytes_per_token = 4.0
@@ -223,7 +223,7 @@ class Cluster:
             if table.row(rid) is None and self.holder_in_status(rid) is None:
                 row = before.row(rid)
                 assert row is not None
-                tokens = int(before.output_tokens[row])
+                tokens = before.length_at_end(row, table)
                 self.lengths.vanished(rid, tokens, in_flight=self._in_flight(rid))
                 self._settled_s.pop(rid, None)
         self.lengths.shown(table)
@@ -238,7 +238,7 @@ class Cluster:
     def _forget_status(self, instance: Instance) -> None:
         for rid in instance.table.rids:
             self._settled_s.pop(rid, None)
-            self.lengths.band.lost(rid)
+            self.lengths.lost(rid)
         instance.status = None
         instance.table = RequestTable.empty()
 

@@ -75,6 +75,7 @@ class RouterConfig:
     host: str = "127.0.0.1"
     port: int = 30000
     policy: str = "least-tokens"
+    calibrate: bool = True
     prefill_policy: str = "least-requests"
     rescheduler: str = "off"
     rescheduler_interval: float = 0.5
@@ -198,6 +199,8 @@ def build_parser() -> argparse.ArgumentParser:
     dispatch.add_argument("--decode-policy", type=_policy_name, default=None,
                           help="The same; wins over --policy.")  # fmt: skip
     option(dispatch, "prefill_policy", "Chooses the prefill instance.", type=_policy_name)
+    dispatch.add_argument("--no-calibrate", dest="calibrate", action="store_false",
+                          help="Take estimates as given, whatever became of others.")  # fmt: skip
     dispatch.add_argument("--policy-param", action="append", default=[], metavar="NAME=VALUE",
                           help="A parameter of the dispatch policy. Repeatable.")  # fmt: skip
     option(dispatch, "queue_size", "Requests held at the router while no instance admits them.")

@@ -8,6 +8,7 @@ import numpy as np
 
 from sglang_star.protocol import QUANTILE_LEVELS
 from sglang_star_router.band import Band
+from sglang_star_router.policy.calibration import Calibration
 from sglang_star_router.policy.snapshot import FloatArray
 from sglang_star_router.table import RequestTable
 
@@ -16,15 +17,20 @@ RECENT = 512
 
 
 class Lengths:
-    """Lengths of outputs, as far as the last status before the end tells.
+    """Lengths of outputs, as far as the last statuses before the end tell.
+
+    Args:
+        calibrate: correct estimates by how earlier ones turned out.
 
     Attributes:
         recent: output tokens of recently finished requests.
-        band: how well the predictor's band kept what it promised.
+        calibration: corrects estimates by how earlier ones turned out.
+        band: how well the P10-P90 band kept what it promised, given and corrected.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, calibrate: bool) -> None:
         self.recent: deque[int] = deque(maxlen=RECENT)
+        self.calibration = Calibration(enabled=calibrate)
         self.band = Band()
         self._gone: dict[str, int] = {}
 
@@ -32,7 +38,12 @@ class Lengths:
         """Take in the requests of a status."""
         for rid in self._gone.keys() & table.index.keys():
             del self._gone[rid]
-        self.band.sighted(table)
+        self.band.sighted(table, self.calibration.corrected(table.remaining))
+        left = table.max_new_tokens - table.output_tokens
+        for row, rid in enumerate(table.rids):
+            tokens = int(table.output_tokens[row])
+            if tokens >= self.calibration.due(rid):
+                self.calibration.note(rid, tokens, int(left[row]), table.remaining[row])
 
     def vanished(self, rid: str, tokens: int, *, in_flight: bool) -> None:
         """Take in that no status shows a request any more.
@@ -52,6 +63,11 @@ class Lengths:
         """Take in that the stream of a request that :meth:`awaits` it has ended."""
         self._finished(rid, self._gone.pop(rid))
 
+    def lost(self, rid: str) -> None:
+        """Forget a request whose instance restarted: its length is nobody's."""
+        self.band.lost(rid)
+        self.calibration.lost(rid)
+
     def prior(self) -> FloatArray:
         """Output length of recently finished requests at the protocol's quantile levels."""
         if not self.recent:
@@ -62,3 +78,4 @@ class Lengths:
     def _finished(self, rid: str, tokens: int) -> None:
         self.recent.append(tokens)
         self.band.ended(rid, tokens)
+        self.calibration.ended(rid, tokens)

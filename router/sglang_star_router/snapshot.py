@@ -133,7 +133,9 @@ class Snapshots:
             prompt_tokens=np.concatenate([t.prompt_tokens for t in tables]),
             output_tokens=output,
             max_new_tokens=limit,
-            remaining=np.concatenate([t.remaining for t in tables]),
+            remaining=self._cluster.lengths.calibration.corrected(
+                np.concatenate([t.remaining for t in tables])
+            ),
             true_remaining=(
                 np.maximum(limit - output, 0).astype(np.float64)
                 if self._true_lengths

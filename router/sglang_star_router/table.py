@@ -57,6 +57,21 @@ class RequestTable:
             settled_s=np.array([settled_s.setdefault(rid, now) for rid in rids], np.float64),
         )
 
+    def length_at_end(self, row: int, later: RequestTable) -> int:
+        """Output tokens of a request that ``later`` shows no more.
+
+        It ended somewhere between the two statuses: half of what the others made is added.
+        """
+        made = [
+            later.output_tokens[there] - self.output_tokens[here]
+            for rid, here in self.index.items()
+            if not self.queued[here] and (there := later.index.get(rid)) is not None
+        ]
+        tokens = int(self.output_tokens[row])
+        if made and not self.queued[row]:
+            tokens += int(np.median(made)) // 2
+        return min(tokens, int(self.max_new_tokens[row]))
+
     def row(self, rid: str) -> int | None:
         """Row of ``rid``, None if it is not here."""
         return self.index.get(rid)

@@ -77,6 +77,7 @@ def cluster_json(
         "open_migrations": ledger.open_count,
         "predictor_judged": cluster.lengths.band.judged,
         "predictor_kept": cluster.lengths.band.kept,
+        "predictor_kept_corrected": cluster.lengths.band.kept_corrected,
         "statuses_received": feed.received,
         "statuses_dropped": sum(feed.dropped.values()),
         "instances": [instance_json(one, ledger, now, requests=requests) for one in cluster],
@@ -123,6 +124,8 @@ def fleet_metrics(
                   [((), band.judged)], ())  # fmt: skip
     yield counter("predictor_kept", "Those of them that the P10-P90 band held.",
                   [((), band.kept)], ())  # fmt: skip
+    yield counter("predictor_kept_corrected", "Those that the corrected band held.",
+                  [((), band.kept_corrected)], ())  # fmt: skip
     yield gauge("holding_requests", "Requests held at the router.",
                 [("router", dispatcher.holding)], "at")  # fmt: skip
     yield counter("refused", "Requests the router refused.",

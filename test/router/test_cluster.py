@@ -73,9 +73,51 @@ def test_the_promise_of_an_estimate_is_held_against_how_a_request_ended():
             await running.publish(first)
             cluster = orjson.loads((await running.get("/star/cluster"))[1])
             assert (cluster["predictor_judged"], cluster["predictor_kept"]) == (3, 2)
+            assert cluster["predictor_kept_corrected"] == 2  # nothing to correct by so far
             text = (await running.get("/metrics"))[1].decode()
             assert "star_router_predictor_judged_total 3.0" in text
             assert "star_router_predictor_kept_total 2.0" in text
+
+    run(check())
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_estimates_are_corrected_by_how_earlier_ones_turned_out(calibrate):
+    short = {"remaining": (5.0, 7.0, 10.0, 15.0, 20.0)}
+
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine, calibrate=calibrate) as running:
+            first = [f"r{i}" for i in range(64)]
+            await running.publish(engine, *(request_status(r, output=20, **short) for r in first))
+            await running.publish(
+                engine, *(request_status(r, output=90 + i) for i, r in enumerate(first))
+            )
+            await running.publish(engine, request_status("next", output=20, **short))
+            (median,) = running.router.dispatcher._snapshots.for_arrival().requests.remaining[:, 2]
+            assert 60 < median < 110 if calibrate else median == 10
+            await running.publish(engine, request_status("next", output=120))
+            await running.publish(engine)
+            band = running.router.cluster.lengths.band
+            assert (band.judged, band.kept, band.kept_corrected) == (65, 0, int(calibrate))
+
+    run(check())
+
+
+def test_a_request_ended_between_two_statuses():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine) as running:
+            lengths = running.router.cluster.lengths
+            await running.publish(
+                engine,
+                request_status("goes-on", output=100),
+                request_status("ends", output=50),
+                request_status("at-limit", output=60, max_new_tokens=62),
+                request_status("never-ran", output=0, queued=True),
+            )
+            await running.publish(engine, request_status("goes-on", output=120))
+            assert list(lengths.recent) == [60, 62, 0]
 
     run(check())
 

@@ -41,6 +41,7 @@ def test_every_documented_command_exists() -> None:
         "predictor",
         "reasoning",
         "gemma",
+        "calibration",
         "router",
     ]
     predictor = ("collect", "train", "eval")

@@ -28,7 +28,7 @@ from sglang_star.predictor.samples import (
 )
 from sglang_star.predictor.train import main as train
 from sglang_star.protocol import QUANTILE_LEVELS
-from sglang_star_bench import ablations
+from sglang_star_bench import ablations, calibration
 from sglang_star_bench.simulator.emulated import ErrorCurve
 from unit import predictor_cases as cases
 
@@ -321,3 +321,18 @@ def test_the_auxiliary_model_sees_the_prompts_head_and_the_latest_output(
     assert text.startswith("[CLS] " + " ".join(map(str, test_part.prompt_ids[request])) + " [SEP]")
     latest = test_part.output_ids[request][: test_part.tokens[row]][-20:]
     assert text.endswith(" ".join(map(str, latest)) + " [SEP]")
+
+
+def test_the_routers_correction_of_a_head(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head, report = tmp_path / "head.safetensors", tmp_path / "report.json"
+    cases.head().save(head)  # random weights: wrong about everything
+    command = ["--samples", str(folder), "--head", str(head), "--running", "4"]
+    command += ["--hold-out-source", "odd"]
+    assert calibration.main([*command, "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert f"{found['requests']} requests, 4 at a time" in capsys.readouterr().out
+    given, corrected = found["estimates"]["given"], found["estimates"]["corrected"]
+    assert corrected["held"] > given["held"] + 0.05
+    assert corrected["held_over_time"][-1] > given["held_over_time"][-1]

@@ -73,6 +73,26 @@ def step_by_step(profile: Profile, prompt: int, output: int) -> float:
     return sum(profile.step_ms(1, prompt + k) for k in range(output - 1)) / 1e3
 
 
+@pytest.mark.parametrize(("bias", "sign"), [(0.25, 1), (4.0, -1)])
+def test_a_biased_predictor_is_corrected_as_the_router_would(bias: float, sign: int) -> None:
+    trace = synthetic(0).window(4.0, 300.0, 0)
+    found, left = (
+        simulate(
+            trace,
+            PROFILES["24gb-7b"],
+            policy="star",
+            decode=(PROFILES["24gb-7b"],) * 4,
+            estimate_bias=bias,
+            calibrate=calibrate,
+            max_new_tokens=32_768,
+        )
+        for calibrate in (True, False)
+    )
+    assert sign * found.calibration.shift[2] > 0.5
+    assert not left.calibration.shift.any()
+    assert not found.calibration._open  # every request ended, and none is remembered
+
+
 @pytest.mark.parametrize("output", [1, 2, 3, 500, 4000])
 def test_one_request_alone_takes_the_sum_of_its_steps(output: int) -> None:
     recorder = simulate(trace_of((1.0, 300, output)), PROFILES["24gb-7b"]).recorder

@@ -71,9 +71,28 @@ class ErrorCurve:
 
 
 class EmulatedPredictor:
-    """Reports calibrated quantiles of remaining length for many requests at once."""
+    """Reports quantiles of remaining length for many requests at once.
 
-    def __init__(self, lengths: npt.NDArray[np.int64], curve: ErrorCurve, scale: float) -> None:
+    They are calibrated, unless a head trained on other traffic is emulated.
+
+    Args:
+        lengths: of the trace's outputs; scale: times the curve.
+        bias: factor on every quantile; band: on the width of the band, as a logarithm.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int64],
+        curve: ErrorCurve,
+        scale: float,
+        *,
+        bias: float = 1.0,
+        band: float = 1.0,
+    ) -> None:
+        if not (bias > 0 and band > 0):
+            raise ConfigError(f"bias and band of an estimate must be positive, not {bias}, {band}")
+        self._log_bias = math.log(bias)
+        self._levels = band * NORMAL_QUANTILES
         if not scale >= 0:
             raise ConfigError(f"error scale must be at least 0, not {scale}")
         self.curve = curve
@@ -113,5 +132,7 @@ class EmulatedPredictor:
             weight = var / (var + spread * spread)
             centre = mean + weight * (seen - mean)
         sigma = np.sqrt(var * (1.0 - weight))
-        quantiles: FloatArray = np.exp(centre[:, None] + sigma[:, None] * NORMAL_QUANTILES)
+        quantiles: FloatArray = np.exp(
+            self._log_bias + centre[:, None] + sigma[:, None] * self._levels
+        )
         return quantiles

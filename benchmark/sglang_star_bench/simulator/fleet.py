@@ -22,6 +22,7 @@ from sglang_star_bench.simulator.table import Table
 from sglang_star_bench.simulator.view import RecentLengths, StatusView
 from sglang_star_bench.traces import Trace
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
+from sglang_star_router.policy.calibration import Calibration
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.snapshot import MoveOrder
 
@@ -44,6 +45,9 @@ class FleetConfig:
         decision_interval_s: between rescheduling rounds.
         copy_slowdown: factor on the step time of both ends of a copy.
         error_scale: times the error curve; 0 perfect, ``inf`` useless.
+        estimate_bias, estimate_band: factors on every estimate and on the width of its band, to
+            emulate a head trained on other traffic.
+        calibrate: correct estimates by how earlier ones turned out, as the router does.
         hold_deadline_s: held longer at the router, a request yields to fresher ones.
         timeline: keep every instance's KV share at every status, and every move, for a figure.
     """
@@ -65,6 +69,9 @@ class FleetConfig:
     clip_tokens: int = 4096
     curve: ErrorCurve = field(default_factory=ErrorCurve.read)
     error_scale: float = 1.0
+    estimate_bias: float = 1.0
+    estimate_band: float = 1.0
+    calibrate: bool = True
     hold_deadline_s: float = field(default_factory=lambda: StarParams().hold_deadline_s)
     timeline: bool = False
 
@@ -125,8 +132,17 @@ class Fleet:
         predictor = None
         looks_ahead = {dispatch.name, getattr(rescheduler, "name", "")} & {"star", "star-point"}
         if looks_ahead and not oracle:
-            predictor = EmulatedPredictor(trace.output_len, config.curve, config.error_scale)
-        self.view = StatusView(self.instances, self.table, predictor, self.recent, oracle=oracle)
+            predictor = EmulatedPredictor(
+                trace.output_len,
+                config.curve,
+                config.error_scale,
+                bias=config.estimate_bias,
+                band=config.estimate_band,
+            )
+        self.calibration = Calibration(enabled=config.calibrate)
+        self.view = StatusView(
+            self.instances, self.table, predictor, self.recent, self.calibration, oracle=oracle
+        )
         self.router = SimRouter(
             dispatch,
             rescheduler,
@@ -298,6 +314,7 @@ class Fleet:
         self.recorder.done(request)
         if request.state == State.FINISHED:
             self.recent.add(request.length)
+            self.calibration.ended(request.rid, request.length)
         if self.live.pop(request.rid, None) is not None:
             self.table.remove(request)
 

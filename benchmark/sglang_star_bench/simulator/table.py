@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_star_bench.simulator.request import Request, State
+from sglang_star_router.policy.calibration import FIRST_TOKENS
 
 
 class Table:
     """One row per live request; rows are reused, so memory follows what is live.
 
-    ``output`` is as of instance step ``joined``, as in :class:`Request`.
+    ``output`` is as of instance step ``joined``, as in :class:`Request`; ``due`` is the output at
+    which its estimate is scored next.
     """
 
     def __init__(self, rng: np.random.Generator, rows: int = 256) -> None:
@@ -24,6 +26,7 @@ class Table:
         self.max_new = np.zeros(rows, dtype=np.int64)
         self.moved_s = np.zeros(rows)
         self.busy = np.zeros(rows, dtype=bool)
+        self.due = np.zeros(rows)
         self.noise = np.zeros((rows, 2))
         self.requests: np.ndarray[tuple[int], np.dtype[np.object_]] = np.full(
             rows, None, dtype=object
@@ -44,6 +47,7 @@ class Table:
         self.max_new[slot] = max_new
         self.moved_s[slot] = arrival_s
         self.busy[slot] = False
+        self.due[slot] = FIRST_TOKENS
         self.noise[slot] = self._rng.standard_normal(2)
         self.requests[slot] = request
         self.rids[slot] = rid
@@ -82,6 +86,7 @@ class Table:
             "max_new",
             "moved_s",
             "busy",
+            "due",
             "noise",
             "requests",
             "rids",

@@ -11,7 +11,14 @@ from sglang_star_bench.simulator.emulated import EmulatedPredictor
 from sglang_star_bench.simulator.instance import Instance
 from sglang_star_bench.simulator.request import State
 from sglang_star_bench.simulator.table import Table
-from sglang_star_router.policy.snapshot import FleetSnapshot, FloatArray, Instances, Requests
+from sglang_star_router.policy.calibration import Calibration
+from sglang_star_router.policy.snapshot import (
+    FleetSnapshot,
+    FloatArray,
+    Instances,
+    IntArray,
+    Requests,
+)
 
 _LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 _RECENT = 4096
@@ -53,6 +60,7 @@ class StatusView:
         table: Table,
         predictor: EmulatedPredictor | None,
         recent: RecentLengths,
+        calibration: Calibration,
         *,
         oracle: bool,
     ) -> None:
@@ -60,6 +68,7 @@ class StatusView:
         self.table = table
         self.predictor = predictor
         self.recent = recent
+        self.calibration = calibration
         self.oracle = oracle
         self.ids = tuple(i.name for i in instances)
 
@@ -132,6 +141,8 @@ class StatusView:
                 length[seen].astype(np.float64),
                 table.noise[live[seen]],
             )
+            self._note(live, output, remaining)
+            remaining = self.calibration.corrected(remaining)
         return Requests(
             rids=tuple(table.rids[live]),
             instance=owner,
@@ -144,3 +155,13 @@ class StatusView:
             queued=(state == State.QUEUED) | (state == State.RETRACTED),
             since_move_s=now_s - table.moved_s[live],
         )
+
+    def _note(self, live: IntArray, output: IntArray, remaining: FloatArray) -> None:
+        """Let the calibration remember the estimates that are to be scored."""
+        table = self.table
+        for row in np.flatnonzero(output >= table.due[live]):
+            slot, tokens = live[row], int(output[row])
+            rid = str(table.rids[slot])
+            left = int(table.max_new[slot]) - tokens
+            self.calibration.note(rid, tokens, left, remaining[row])
+            table.due[slot] = self.calibration.due(rid)
