@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from sglang_star.predictor import dataset, fit, metrics, trials
+from sglang_star.predictor import dataset, ensemble, fit, metrics, trials
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head, HeadCard
 from sglang_star.predictor.recipe import PARTS, Recipe
@@ -159,7 +159,9 @@ def _point(samples: Samples, recipe: Recipe) -> Predict:
     unit = float(samples.remaining.mean())
     target = (samples.remaining / unit).astype(np.float32)
     prior = np.array([np.log(np.median(target))])
-    model, _ = inputs.train(prior, _absolute, (target,), recipe, quiet=True)
+    model, _ = ensemble.train(
+        inputs.x, inputs.trains, prior, _absolute, (target,), recipe, quiet=True
+    )
 
     def predict_point(test: Samples) -> Array:
         with torch.no_grad():

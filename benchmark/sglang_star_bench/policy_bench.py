@@ -17,7 +17,7 @@ from sglang_star_bench import arguments, capacity
 from sglang_star_bench.progress import bar
 from sglang_star_bench.runs import Run, execute
 from sglang_star_router.policy.registry import RESCHEDULER_NAMES, make_rescheduler
-from sglang_star_router.policy.snapshot import FleetSnapshot, Instances, Requests
+from sglang_star_router.policy.snapshot import RESERVE_EACH, FleetSnapshot, Instances, Requests
 
 REQUESTS_PER_INSTANCE = 64
 
@@ -203,7 +203,7 @@ def random_fleet(seed: int, instances: int, each: int) -> FleetSnapshot:
             kv_capacity=(used / rng.uniform(0.55, 1.05, instances)).astype(np.int64),
             kv_used=used,
             kv_reserved=none,
-            reserve_each=none + 512,
+            reserve_each=none + RESERVE_EACH,
             running=none + each,
             queued=none,
             retracted=none,

@@ -37,11 +37,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SAMPLES",
         help="instead: vary the recipe on this folder made by `star predictor collect`",
     )
-    result.add_argument("--repeats", type=int, default=1, help="ensembles per variant [1]")
-    result.add_argument("--width", type=int, default=0, help="of the whole recipe [by trial]")
-    result.add_argument("--inner", type=int, default=0, help="its inner layers' size [by trial]")
-    result.add_argument("--dropout", type=float, default=0.0, help="its dropout [by trial]")
-    result.add_argument("--epochs", type=int, default=60, help="at most, per variant [60]")
+    Recipe.add_flags(result, repeats=1, epochs=60)
     result.add_argument("--json", type=Path)
     result.add_argument("--plot", type=Path)
     return result
@@ -77,15 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ablations(args: argparse.Namespace) -> int:
-    recipe = Recipe(
-        width=args.width,
-        inner=args.inner,
-        dropout=args.dropout,
-        repeats=args.repeats,
-        epochs=args.epochs,
-    )
     model = Path(args.model) if args.model else None
-    report = ablations.run(args.ablations, recipe, model, lambda report: _keep(args, report))
+    report = ablations.run(
+        args.ablations, Recipe.of(args), model, lambda report: _keep(args, report)
+    )
     if args.plot:
         ablations.plot(report, args.plot)
     return 0

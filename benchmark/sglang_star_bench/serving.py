@@ -34,11 +34,10 @@ from sglang_star_bench.simulator.recorder import Recorder
 from sglang_star_bench.simulator.saturation import scale_for_load
 from sglang_star_bench.traces import Trace, checked
 from sglang_star_router.policy.registry import make_dispatch, make_rescheduler
+from sglang_star_router.policy.snapshot import RESERVE_EACH
 
 DEFAULT_POLICIES: Final = ["round-robin", "least-tokens", "reactive", "star"]
 DECISION_S: Final = 0.5
-RESERVED_TOKENS: Final = 512
-"""SGLang's default for ``--num-reserved-decode-tokens``."""
 COMPARED: Final = (
     ("TTFT P50, ms", "ttft_ms", "p50"),
     ("TTFT P99, ms", "ttft_ms", "p99"),
@@ -159,7 +158,7 @@ def cluster(args: argparse.Namespace) -> ClusterSpec:
 
 def reserve(args: argparse.Namespace) -> int:
     """SGLang's admission reserve per running request, shrunk like the lengths it is meant for."""
-    return max(1, round(RESERVED_TOKENS / args.shrink))
+    return max(1, round(RESERVE_EACH / args.shrink))
 
 
 def params(args: argparse.Namespace, profile: Profile) -> dict[str, dict[str, float]]:

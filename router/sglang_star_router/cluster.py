@@ -17,12 +17,11 @@ from sglang_star.errors import ConfigError
 from sglang_star.protocol import Advertisement, InstanceStatus, MoveReport
 from sglang_star_router.config import Endpoint, Member
 from sglang_star_router.lengths import Lengths
+from sglang_star_router.policy.snapshot import RESERVE_EACH
 from sglang_star_router.table import RequestTable
 
 logger = logging.getLogger(__name__)
 
-RESERVE_EACH = 512
-"""SGLang's default of ``--num-reserved-decode-tokens``, for an instance that does not say."""
 SEND_GRACE_S = 2.0
 """A dispatched batch, whose rids the router does not know, counts as unseen for so long."""
 
@@ -65,7 +64,8 @@ class Instance:
         table: the requests of ``status`` as arrays.
         held_back: an operator asked the router to send nothing new here.
         context_limit: longest prompt it takes, tokens; 0 if unknown.
-        reserve_each: KV tokens its admission keeps free for every active request.
+        reserve_each: KV tokens its admission keeps free for every active request; SGLang's
+            default for an instance that does not say.
         dispatches: requests sent here that have not ended.
     """
 

@@ -16,9 +16,10 @@ import msgspec
 
 from sglang_star.errors import ConfigError, PeerError, StarError, VersionMismatch
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement
-from sglang_star_router.cluster import RESERVE_EACH, Cluster, Instance
+from sglang_star_router.cluster import Cluster, Instance
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.engine import EngineClient
+from sglang_star_router.policy.snapshot import RESERVE_EACH
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
-from sglang_star.predictor import dataset, metrics, trials
+from sglang_star.predictor import dataset, ensemble, metrics, trials
 from sglang_star.predictor import fit as fitting
 from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
 from sglang_star.predictor.fit import fit
@@ -119,9 +119,9 @@ def test_a_trial_trains_no_more_folds_than_it_needs(
     parts: dataset.Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[int] = []
-    train = fitting.train
+    train = ensemble.train
     monkeypatch.setattr(
-        fitting,
+        ensemble,
         "train",
         lambda x, trains, *rest: trained.append(len(trains)) or train(x, trains, *rest),
     )

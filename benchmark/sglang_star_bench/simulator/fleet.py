@@ -24,7 +24,7 @@ from sglang_star_bench.traces import Trace
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
 from sglang_star_router.policy.calibration import Calibration
 from sglang_star_router.policy.params import StarParams
-from sglang_star_router.policy.snapshot import MoveOrder
+from sglang_star_router.policy.snapshot import RESERVE_EACH, MoveOrder
 
 Progress = Callable[[float], None]
 
@@ -65,7 +65,7 @@ class FleetConfig:
     status_delay_s: float = 0.02
     decision_interval_s: float = 1.0
     copy_slowdown: float = 1.05
-    reserved_tokens: int = 512
+    reserved_tokens: int = RESERVE_EACH
     clip_tokens: int = 4096
     curve: ErrorCurve = field(default_factory=ErrorCurve.read)
     error_scale: float = 1.0

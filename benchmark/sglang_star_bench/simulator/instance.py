@@ -26,6 +26,7 @@ from collections import deque
 from sglang_star.platform.profile import Profile
 from sglang_star_bench.simulator.fleet_hooks import FleetHooks
 from sglang_star_bench.simulator.request import Request, State
+from sglang_star_router.policy.snapshot import RESERVE_EACH
 
 NEVER = math.inf
 
@@ -49,7 +50,7 @@ class Instance:
         profile: Profile,
         fleet: FleetHooks,
         *,
-        reserved: int = 512,
+        reserved: int = RESERVE_EACH,
         clip: int = 4096,
     ) -> None:
         self.row = row

@@ -41,9 +41,9 @@ def nll(logits: torch.Tensor, exposure: torch.Tensor, event: torch.Tensor) -> to
 class Ensemble(torch.nn.Module):
     """``members`` two-layer networks evaluated as one batched product."""
 
-    def __init__(self, members: int, inputs: int, inner: int, prior: Array, recipe: Recipe) -> None:
+    def __init__(self, members: int, inputs: int, prior: Array, recipe: Recipe) -> None:
         super().__init__()
-        bins = len(prior)
+        inner, bins = recipe.inner, len(prior)
         self.w1 = torch.nn.Parameter(torch.randn(members, inputs, inner) * (2 / inputs) ** 0.5)
         self.b1 = torch.nn.Parameter(torch.zeros(members, 1, inner))
         self.w2 = torch.nn.Parameter(torch.randn(members, inner, bins) * 0.01)
@@ -66,7 +66,6 @@ Loss = Callable[..., torch.Tensor]
 def train(
     x: Array,
     trains: Array,
-    inner: int,
     prior: Array,
     loss: Loss,
     targets: tuple[Array, ...],
@@ -77,7 +76,7 @@ def train(
 
     Args:
         x: ``[n, inputs]`` float32; trains: ``[members, n]`` who trains on what; the rest judges it.
-        inner: width of a member's inner layer; prior: ``[outputs]`` what it starts from.
+        prior: ``[outputs]`` what a member starts from.
         loss: given the output and ``targets``, each ``[n, ...]``.
         recipe: hyperparameters and seed.
         quiet: no progress on stderr.
@@ -86,7 +85,7 @@ def train(
     data = tuple(torch.tensor(a) for a in (x, *targets))
     used, members, count = torch.tensor(trains).float(), *trains.shape
     held = [torch.tensor(np.flatnonzero(~mine)) for mine in trains]
-    model = Ensemble(members, x.shape[1], inner, prior, recipe)
+    model = Ensemble(members, x.shape[1], prior, recipe)
     optimizer = torch.optim.AdamW(
         [
             {"params": [model.w1, model.w2], "weight_decay": recipe.weight_decay},

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from sglang_star.predictor import dataset, hazard, projection
-from sglang_star.predictor.ensemble import Curves, Ensemble, Loss, nll, train
+from sglang_star.predictor import dataset, ensemble, hazard, projection
+from sglang_star.predictor.ensemble import Curves, Ensemble, nll
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import BLOCKS, FEATURES, Weights
 from sglang_star.predictor.recipe import PARTS, Recipe
@@ -41,7 +41,7 @@ class Inputs:
     Attributes:
         mean, projection: of the device half; x: ``[n, inputs]`` float32, standardised.
         center, gain: of the standardisation; a gain of 0 keeps a column from acting.
-        inner: width of a member's inner layer; trains: ``[members, n]`` who trains on what.
+        trains: ``[members, n]`` who trains on what.
         calibrates: ``[n]`` samples whose left-out predictions set the levels.
     """
 
@@ -50,7 +50,6 @@ class Inputs:
     x: Array
     center: Array
     gain: Array
-    inner: int
     trains: Array
     calibrates: Array
 
@@ -81,21 +80,9 @@ class Inputs:
             x,
             center,
             gain,
-            recipe.inner,
             trains[:, samples.request],
             calibrates[samples.request],
         )
-
-    def train(
-        self,
-        prior: Array,
-        loss: Loss,
-        targets: tuple[Array, ...],
-        recipe: Recipe,
-        quiet: bool = False,
-    ) -> tuple[Ensemble, Curves]:
-        """:func:`ensemble.train` on these inputs."""
-        return train(self.x, self.trains, self.inner, prior, loss, targets, recipe, quiet)
 
     def again(self, samples: Samples) -> torch.Tensor:
         """Other samples, seen the same way."""
@@ -157,7 +144,10 @@ def _survival(
     inputs = dataclasses.replace(inputs, trains=inputs.trains[:folds])
     edges = hazard.bin_edges(int(samples.max_new_tokens.max()))
     exposure, event = targets(samples, edges)
-    model, curves = inputs.train(_prior(exposure, event), nll, (exposure, event), recipe, quiet)
+    prior = _prior(exposure, event)
+    model, curves = ensemble.train(
+        inputs.x, inputs.trains, prior, nll, (exposure, event), recipe, quiet
+    )
     return inputs, edges, model, curves
 
 

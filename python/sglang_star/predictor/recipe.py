@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -42,6 +43,34 @@ class Recipe:
     repeats: int = 2
     parts: tuple[str, ...] = PARTS
 
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser, *, repeats: int, epochs: int = 0) -> None:
+        """Add the flags that :meth:`of` reads, with these defaults."""
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--width", type=int, default=0, help="projected size [by trial]")
+        parser.add_argument("--inner", type=int, default=0, help="inner layers' size [by trial]")
+        parser.add_argument("--dropout", type=_share, default=0.0, help="strength [by trial]")
+        parser.add_argument(
+            "--repeats",
+            type=int,
+            default=repeats,
+            help=f"draws of the folds, five networks each [{repeats}]",
+        )
+        said = epochs or "by the number of samples"
+        parser.add_argument("--epochs", type=int, default=epochs, help=f"at most [{said}]")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Recipe:
+        """What the flags say."""
+        return cls(
+            seed=args.seed,
+            width=args.width,
+            inner=args.inner,
+            dropout=args.dropout,
+            repeats=args.repeats,
+            epochs=args.epochs,
+        )
+
     def epochs_of(self, samples: int, steps: int = MOST_STEPS) -> int:
         """Epochs over so many samples."""
         per_epoch = math.ceil(samples / self.batch)
@@ -56,3 +85,10 @@ class Recipe:
     def input_dropout(self) -> float:
         """Share of the inputs hidden from a member at every step."""
         return 0.8 * self.dropout
+
+
+def _share(word: str) -> float:
+    share = float(word)
+    if not 0.0 <= share < 1.0:
+        raise ValueError(word)
+    return share

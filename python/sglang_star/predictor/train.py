@@ -27,15 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     model, manifest = describe(args.samples)
     parts, _ = load_split(args.samples, args.sources, args.hold_out_source)
-    recipe = Recipe(
-        seed=args.seed,
-        width=args.width,
-        inner=args.inner,
-        dropout=args.dropout,
-        epochs=args.epochs,
-        repeats=args.repeats,
-    )
-    recipe, tried = trials.choose(parts.fit, recipe)
+    recipe, tried = trials.choose(parts.fit, Recipe.of(args))
     weights, curves = fit(parts.fit, recipe)
     card = HeadCard(
         model=args.name or manifest["model"],
@@ -70,14 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--samples", required=True, type=Path, help="folder made by collect")
     result.add_argument("--out", required=True, type=Path, help="the head, .safetensors")
     result.add_argument("--name", help="model name to record [folder name of the model]")
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--width", type=int, default=0, help="projected size [by trial]")
-    result.add_argument("--inner", type=int, default=0, help="inner layers' size [by trial]")
-    result.add_argument("--dropout", type=_share, default=0.0, help="strength [by trial]")
-    result.add_argument(
-        "--repeats", type=int, default=2, help="draws of the folds, five networks each [2]"
-    )
-    result.add_argument("--epochs", type=int, default=0, help="at most [by the number of samples]")
+    Recipe.add_flags(result, repeats=2)
     result.add_argument(
         "--hold-out-source",
         nargs="+",
@@ -90,13 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--plot", type=Path, help="figure of the loss curves")
     return result
-
-
-def _share(word: str) -> float:
-    share = float(word)
-    if not 0.0 <= share < 1.0:
-        raise ValueError(word)
-    return share
 
 
 def load_split(

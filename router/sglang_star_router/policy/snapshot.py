@@ -17,6 +17,9 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
+RESERVE_EACH = 512
+"""SGLang's default of ``--num-reserved-decode-tokens``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Instances:
