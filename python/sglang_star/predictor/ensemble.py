@@ -74,6 +74,8 @@ def train(
 ) -> tuple[Ensemble, Curves]:
     """Train an ensemble, each member on its samples, and leave each at its best epoch.
 
+    A GPU is used if torch sees one; the model returned is on the CPU.
+
     Args:
         x: ``[n, inputs]`` float32; trains: ``[members, n]`` who trains on what; the rest judges it.
         prior: ``[outputs]`` what a member starts from.
@@ -82,10 +84,12 @@ def train(
         quiet: no progress on stderr.
     """
     torch.manual_seed(recipe.seed)
-    data = tuple(torch.tensor(a) for a in (x, *targets))
-    used, members, count = torch.tensor(trains).float(), *trains.shape
-    held = [torch.tensor(np.flatnonzero(~mine)) for mine in trains]
-    model = Ensemble(members, x.shape[1], prior, recipe)
+    members, count = trains.shape
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = tuple(torch.tensor(a, device=device) for a in (x, *targets))
+    used = torch.tensor(trains, dtype=torch.float32, device=device)
+    held = [torch.tensor(np.flatnonzero(~mine), device=device) for mine in trains]
+    model = Ensemble(members, x.shape[1], prior, recipe).to(device)
     optimizer = torch.optim.AdamW(
         [
             {"params": [model.w1, model.w2], "weight_decay": recipe.weight_decay},
@@ -96,14 +100,14 @@ def train(
     # Falling to nothing by the last epoch: dropout keeps a constant rate from ever settling.
     epochs = recipe.epochs_of(count)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    best = torch.full((members,), float("inf"))
-    since = torch.zeros(members)
+    best = torch.full((members,), float("inf"), device=device)
+    since = torch.zeros(members, device=device)
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     curves = Curves()
     for epoch in range(epochs):
         model.train()
         seen = 0.0
-        for rows in torch.randperm(count).split(recipe.batch):
+        for rows in torch.randperm(count).to(device).split(recipe.batch):
             found = _masked(model, loss, data, rows, used[:, rows]).sum()
             optimizer.zero_grad()
             found.backward()
@@ -134,7 +138,7 @@ def train(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(kept[name])
-    return model.eval(), curves
+    return model.eval().cpu(), curves
 
 
 def _left_out_loss(
@@ -145,9 +149,9 @@ def _left_out_loss(
     The rows differ between members; each sees only its own, short ones padded with row 0.
     """
     padded = torch.nn.utils.rnn.pad_sequence(held, batch_first=True)
-    counts = torch.tensor([len(part) for part in held])
-    real = torch.arange(padded.shape[1]) < counts[:, None]
-    total = torch.zeros(len(held))
+    counts = torch.tensor([len(part) for part in held], device=padded.device)
+    real = torch.arange(padded.shape[1], device=padded.device) < counts[:, None]
+    total = torch.zeros(len(held), device=padded.device)
     for part, mask in zip(padded.split(rows, dim=1), real.split(rows, dim=1), strict=True):
         x, *targets = (tensor[part] for tensor in data)
         total += (loss(model(x), *targets) * mask).sum(dim=1)
