@@ -174,6 +174,8 @@ class Cluster:
             if before is not None and before.incarnation != advertisement.incarnation:
                 instance.restarts += 1
                 logger.info("%s restarted", instance.name)
+                if before.predictor != advertisement.predictor:
+                    self.lengths.forget_corrections()
             if before is None or before.incarnation != advertisement.incarnation:
                 self._forget_status(instance)
         instance.advertisement = advertisement

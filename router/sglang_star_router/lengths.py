@@ -29,6 +29,7 @@ class Lengths:
     """
 
     def __init__(self, *, calibrate: bool) -> None:
+        self._calibrate = calibrate
         self.recent: deque[int] = deque(maxlen=RECENT)
         self.calibration = Calibration(enabled=calibrate)
         self.band = Band()
@@ -62,6 +63,10 @@ class Lengths:
     def ended(self, rid: str) -> None:
         """Take in that the stream of a request that :meth:`awaits` it has ended."""
         self._finished(rid, self._gone.pop(rid))
+
+    def forget_corrections(self) -> None:
+        """Begin anew: another head has other faults."""
+        self.calibration = Calibration(enabled=self._calibrate)
 
     def lost(self, rid: str) -> None:
         """Forget a request whose instance restarted: its length is nobody's."""

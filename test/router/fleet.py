@@ -63,6 +63,7 @@ class FakeEngine:
     port: int = field(default_factory=free_port)
     incarnation: int = 1
     reserve: int | None = None
+    predictor: str = "off"
     version: int = PROTOCOL_VERSION
     chunks: list[bytes] = field(default_factory=lambda: [b'data: {"i":0}\n\n', b"data: [DONE]\n\n"])
     gate: asyncio.Event | None = None
@@ -182,6 +183,7 @@ class FakeEngine:
                 "migration_address": "tcp://127.0.0.1:1",
                 "fingerprint": "f",
                 "host_token": "h",
+                "predictor": self.predictor,
             }
         return web.json_response(info)
 

@@ -167,6 +167,21 @@ def test_a_restart_judges_no_estimate():
     run(check())
 
 
+def test_another_head_begins_with_a_clean_slate():
+    async def check():
+        engine = FakeEngine(predictor="old")
+        async with fleet(engine) as running:
+            lengths = running.router.cluster.lengths
+            for restart, (head, forgotten) in enumerate([("old", False), ("new", True)], 1):
+                before = lengths.calibration
+                engine.incarnation, engine.predictor = engine.incarnation + 1, head
+                await engine.publish(engine.status())
+                await eventually(lambda count=restart: running.instance(engine).restarts == count)
+                assert (lengths.calibration is not before) == forgotten
+
+    run(check())
+
+
 def test_policies_know_what_each_engine_keeps_free_for_growth():
     async def check():
         engines = FakeEngine(), FakeEngine(reserve=64)
