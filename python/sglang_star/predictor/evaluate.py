@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = load(args.head)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.samples or _generate(args, args.work or Path(scratch))
-        model, manifest = samples.describe(folder)
+        model, _ = samples.describe(folder)
         head.card.fingerprint.require(model, str(args.head))
         _check_held_out(head, args)
         parts, sources = load_split(folder, args.sources or args.prompts, args.hold_out_source)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     predicted, costs = predictions(head, parts, names, make)
     report = {
-        "model": manifest["model"],
+        "model": head.card.model,
         "prompts": len({rid.partition("#")[0] for rid in test.rids}),
         "requests": len(test.rids),
         "samples": len(test.tokens),
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report, {k: metrics.clip(v, test) for k, v in predicted.items()}, test, args.plot
         )
     if args.error_curve:
-        curve = errorcurve.measure(predicted["star"], predicted["by_age"], test, manifest["model"])
+        curve = errorcurve.measure(predicted["star"], predicted["by_age"], test, head.card.model)
         args.error_curve.write_text(json.dumps(curve, indent=2))
     return 0
 
