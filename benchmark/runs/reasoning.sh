@@ -19,15 +19,15 @@ reasoning() { "$python" -m sglang_star.cli bench reasoning "$@"; }
 
 train() { reasoning train --out "$out/model" | tee -a "$out/train.log"; }
 check() { reasoning check --model "$model" --json "$out/check.json"; }
-prompts() { reasoning prompts --count 8000 --seed 1 --out "$out/prompts.jsonl.gz"; }
+prompts() { reasoning prompts --count 16000 --seed 1 --out "$out/prompts.jsonl.gz"; }
 collect() {
     "$python" -m sglang_star.cli predictor collect --model "$model" \
         --prompts "$out/prompts.jsonl.gz" --out "$out/samples" \
         --max-new-tokens 4096 --temperature 0.6 --top-p 0.95 --concurrency 32
 }
 predict() { # the auxiliary model gets more time than elsewhere: there is more to learn from
-    LIMIT=8000 POINTS=120 MINUTES="${MINUTES:-20}" HOLD="${HOLD:-collatz tree}" \
-        TRAIN="--repeats 1 --name star-reasoning-1.6m" \
+    LIMIT=16000 POINTS=120 MINUTES="${MINUTES:-20}" HOLD="${HOLD:-collatz tree}" \
+        TRAIN="--repeats 1 --epochs 30 --name star-reasoning-1.6m" \
         "$(dirname "$0")/predictor.sh" "$model" "$out/prompts.jsonl.gz" "$out" \
         floor train table held calibration curve
 }
