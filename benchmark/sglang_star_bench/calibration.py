@@ -101,8 +101,7 @@ def _serve(given: Array, test: Samples, when: Array, ends: Array) -> Array:
             continue
         request, tokens = test.request[index], int(test.tokens[index])
         rid, left = test.rids[request], int(test.max_new_tokens[request]) - tokens
-        if tokens >= calibration.due(rid):
-            calibration.note(rid, tokens, left, given[index])
+        calibration.note(rid, tokens, left, given[index])
         corrected[index] = calibration.corrected(given[index][None])[0]
     return corrected
 

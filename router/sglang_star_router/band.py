@@ -11,11 +11,10 @@ from typing import Final
 import numpy as np
 
 from sglang_star.protocol import QUANTILE_LEVELS
+from sglang_star_router.policy.calibration import FIRST_TOKENS
 from sglang_star_router.policy.snapshot import FloatArray
 from sglang_star_router.table import RequestTable
 
-FIRST_TOKENS: Final = 16
-"""A request is judged by its first estimate after so many output tokens."""
 LOW: Final = QUANTILE_LEVELS.index(0.1)
 HIGH: Final = QUANTILE_LEVELS.index(0.9)
 
@@ -36,7 +35,7 @@ class Band:
         self._promised: dict[str, FloatArray] = {}
 
     def sighted(self, table: RequestTable, corrected: FloatArray) -> None:
-        """Note the first estimate of every request, as the total lengths it allows.
+        """Note each request's first estimate from FIRST_TOKENS on, as the total lengths it allows.
 
         Args:
             corrected: ``table.remaining`` as policies see it.

@@ -43,8 +43,7 @@ class Lengths:
         left = table.max_new_tokens - table.output_tokens
         for row, rid in enumerate(table.rids):
             tokens = int(table.output_tokens[row])
-            if tokens >= self.calibration.due(rid):
-                self.calibration.note(rid, tokens, int(left[row]), table.remaining[row])
+            self.calibration.note(rid, tokens, int(left[row]), table.remaining[row])
 
     def vanished(self, rid: str, tokens: int, *, in_flight: bool) -> None:
         """Take in that no status shows a request any more.

@@ -11,7 +11,7 @@ from sglang_star_bench.simulator.emulated import EmulatedPredictor
 from sglang_star_bench.simulator.instance import Instance
 from sglang_star_bench.simulator.request import State
 from sglang_star_bench.simulator.table import Table
-from sglang_star_router.policy.calibration import Calibration
+from sglang_star_router.policy.calibration import LEVELS, Calibration
 from sglang_star_router.policy.snapshot import (
     FleetSnapshot,
     FloatArray,
@@ -20,7 +20,6 @@ from sglang_star_router.policy.snapshot import (
     Requests,
 )
 
-_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 _RECENT = 4096
 _REFRESH = 64
 
@@ -42,7 +41,7 @@ class RecentLengths:
         """At ``QUANTILE_LEVELS``; NaN until a first batch has finished."""
         if self._new >= _REFRESH:
             self._new = 0
-            self._quantiles = np.quantile(np.array(self._lengths), _LEVELS)
+            self._quantiles = np.quantile(np.array(self._lengths), LEVELS)
         return self._quantiles
 
 

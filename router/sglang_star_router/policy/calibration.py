@@ -59,13 +59,13 @@ class Calibration:
         return GROWTH * noted[-1][0] if noted else FIRST_TOKENS
 
     def note(self, rid: str, output_tokens: int, left: int, remaining: FloatArray) -> None:
-        """Remember an estimate, to be scored when the request ends.
+        """Remember an estimate if one is due, to be scored when the request ends.
 
         Args:
             left: output tokens to the request's limit.
             remaining: quantiles ``[5]`` as the head gave them.
         """
-        if np.isfinite(remaining).all():
+        if output_tokens >= self.due(rid) and np.isfinite(remaining).all():
             _, (shape,) = curve(remaining[None])
             quantiles = np.clip(remaining, 1.0, max(left, 1))
             self._open.setdefault(rid, []).append((output_tokens, shape, np.log(quantiles)))
