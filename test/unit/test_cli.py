@@ -129,19 +129,25 @@ def test_missing_extra_is_named(
 def test_checks_run_all_and_report_failure(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        checks,
-        "CHECKS",
-        {
-            "bad": ("timeit", "-n1", "-r1", "raise SystemExit(3)"),
-            "pytest": ("timeit", "-n1", "-r1", "-s"),
-        },
-    )
-    assert checks.main(["import sys; sys.stdout.write('got the arguments')"]) == 1
+    bad = ("timeit", "-n1", "-r1", "raise SystemExit(3)")
+    monkeypatch.setattr(checks, "CHECKS", {"bad": bad, "all tests": ("pytest", "--markers")})
+    assert checks.main([]) == 1
     out, err = capfd.readouterr()
-    assert out.index("===== bad =====") < out.index("===== pytest =====")
-    assert "got the arguments" in out
+    assert out.index("===== bad =====") < out.index("===== all tests =====")
+    assert "@pytest.mark.e2e" in out
     assert err.endswith("star test: failed: bad\n")
+
+
+def test_checks_pass_arguments_to_one_pytest(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    style = ("timeit", "-n1", "-r1", "pass")
+    monkeypatch.setattr(checks, "CHECKS", {"style": style, "all tests": ("pytest", "--no-such")})
+    assert checks.main(["--markers"]) == 0
+    out, _ = capfd.readouterr()
+    assert out.index("===== style =====") < out.index("===== pytest =====")
+    assert "all tests" not in out
+    assert "@pytest.mark.e2e" in out
 
 
 def commands(node: cli.Group) -> Iterator[cli.Command]:
