@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from sglang_star.cluster_layout import Engine
 from sglang_star.demo import (
     charts,
     comparison,
@@ -27,7 +28,7 @@ from sglang_star.demo import (
     setting,
 )
 from sglang_star.demo.client import Stream, chat, served_model
-from sglang_star.demo.conversation import Conversation, Mover
+from sglang_star.demo.conversation import Conversation
 from sglang_star.demo.estimates import Estimate
 from sglang_star.demo.prompts import CHAT, Prompt
 from sglang_star.demo.replay import replay
@@ -38,6 +39,7 @@ from sglang_star.demo.side import Side, Slo, moves_of, summary
 from sglang_star.demo.twins import Twin, twins_of
 from sglang_star.demo.watch import Load, Sighting, Watcher
 from sglang_star.demo.workload import MAX_TOKENS, Workload, problems
+from sglang_star.errors import PeerError
 
 WORDS = ["One", " two", " three"]
 IDS = [11, 12, 13]
@@ -212,26 +214,19 @@ def test_watcher_sees_what_decodes_and_what_waits() -> None:
     assert load.ahead >= 10
 
 
-def test_each_stream_is_ordered_away_once_it_has_begun() -> None:
+def test_every_stream_is_ordered_there_and_back_before_it_exists() -> None:
     orders: list[Any] = []
-    young, old = stream("young", 2), stream("old", conversation.MOVE_AT_TOKENS)
 
     async def use(url: str) -> None:
-        import aiohttp
-
-        async with aiohttp.ClientSession(url) as session:
-            watcher = Watcher(url)
-            mover = Mover(session, watcher)
-            mover.look([young, old])
-            assert not orders  # where it runs is not known yet
-            watcher.loads = [load("decode-0"), load("decode-1")]
-            watcher.sightings = [Sighting(1.0, one.rid, "decode-1", 9, ()) for one in (young, old)]
-            for _ in range(2):
-                mover.look([young, old])
-                await mover.done()
+        engines = [Engine(name, "aggregated", url, 0, ()) for name in ("a", "b")]
+        await conversation.arm(engines, "chat", [prompt("x"), prompt("y")])
+        with pytest.raises(PeerError, match="404"):
+            await conversation.disarm(engines)
 
     with_router(use, orders)
-    assert orders == [{"rid": old.rid, "target": "decode-0"}]
+    assert [order["rid"] for order in orders] == ["chat-x", "chat-y"] * 2
+    assert {order["at_tokens"] for order in orders} == {conversation.MOVE_AT_TOKENS}
+    assert CHAT[0].max_tokens > 2 * (conversation.MOVE_AT_TOKENS + conversation.HOLD_AFTER_TOKENS)
 
 
 # --------------------------------------------------------------------------- sides

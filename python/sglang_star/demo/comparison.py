@@ -15,7 +15,7 @@ from sglang_star.demo.prompts import Prompt
 from sglang_star.demo.replay import replay
 from sglang_star.demo.screen import Screen
 from sglang_star.demo.side import Side, Slo, moves_of
-from sglang_star.demo.watch import POLL_S, Watcher
+from sglang_star.demo.watch import Watcher
 from sglang_star.demo.workload import Workload
 from sglang_star.errors import SetupError
 from sglang_star.model import reasoning_model
@@ -44,8 +44,8 @@ RESCHEDULING: Final = (
 )
 
 _WARM_UP: Final = 16
-_LAST_REPORTS_S: Final = 0.75
-"""A move is reported with the status after the one that ended it."""
+LAST_REPORTS_S: Final = 1.0
+"""A move is reported with the status after the one that ended it, and then polled."""
 
 
 def spec(predictor: str) -> ClusterSpec:
@@ -99,7 +99,7 @@ async def _run(url: str, name: str, prompts: Sequence[Prompt]) -> Side:
     screen = Screen(watcher, len(prompts))
     async with watcher.watching():
         streams = await replay(url, await served_model(url), prompts, tag=name, observe=screen.show)
-        await asyncio.sleep(_LAST_REPORTS_S + POLL_S)
+        await asyncio.sleep(LAST_REPORTS_S)
     screen.end(streams)
     return Side(
         name,

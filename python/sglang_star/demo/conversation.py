@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
 
 from sglang_star.cluster import Cluster
-from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.cluster_layout import ClusterSpec, Engine
 from sglang_star.demo.client import Stream, chat, served_model
-from sglang_star.demo.comparison import flush
-from sglang_star.demo.prompts import CHAT
+from sglang_star.demo.comparison import LAST_REPORTS_S, flush
+from sglang_star.demo.prompts import CHAT, Prompt
 from sglang_star.demo.screen import Screen
 from sglang_star.demo.side import moves_of
 from sglang_star.demo.twins import Twin, twins_of
-from sglang_star.demo.watch import POLL_S, Watcher
+from sglang_star.demo.watch import Watcher
+from sglang_star.errors import PeerError
 from sglang_star.model import default_model
 
 MOVE_AT_TOKENS: Final = 8
-"""A stream is ordered to move once its client has so many tokens."""
+"""A stream leaves each of the two instances once it has decoded so many tokens there."""
 
-_LAST_REPORTS_S: Final = 0.75
+HOLD_AFTER_TOKENS: Final = 4
+"""So many tokens later it is taken out of the batch, so that no move loses a race to the end."""
 
 
 def spec(predictor: str) -> ClusterSpec:
@@ -53,56 +54,54 @@ class Conversation:
 def run(cluster: Cluster) -> Conversation:
     """Ask all questions twice, from empty caches."""
     flush(cluster)
-    streams, moves = asyncio.run(_ask(cluster.url, "chat", move=True))
+    asyncio.run(arm(cluster.engines, "chat", CHAT))
+    streams, moves = asyncio.run(_ask(cluster.url, "chat"))
+    asyncio.run(disarm(cluster.engines))
     flush(cluster)
-    stills, none = asyncio.run(_ask(cluster.url, "still", move=False))
+    stills, none = asyncio.run(_ask(cluster.url, "still"))
     cluster.check()
     return Conversation(streams, stills, moves, twins_of(streams, stills, [*moves, *none]))
 
 
-async def _ask(url: str, tag: str, *, move: bool) -> tuple[list[Stream], list[dict[str, Any]]]:
+async def _ask(url: str, tag: str) -> tuple[list[Stream], list[dict[str, Any]]]:
     watcher = Watcher(url)
     screen = Screen(watcher, len(CHAT))
-    async with aiohttp.ClientSession(url) as session, watcher.watching():
-        mover = Mover(session, watcher)
-
-        def observe(streams: Sequence[Stream]) -> None:
-            if move:
-                mover.look(streams)
-            screen.show(streams)
-
-        streams = await chat(url, await served_model(url), CHAT, tag=tag, observe=observe)
-        await mover.done()
-        await asyncio.sleep(_LAST_REPORTS_S + POLL_S)
+    async with watcher.watching():
+        model = await served_model(url)
+        streams = await chat(url, model, CHAT, tag=tag, observe=screen.show)
+        await asyncio.sleep(LAST_REPORTS_S)
     screen.end(streams)
     return streams, moves_of(streams, watcher.moves)
 
 
-@dataclass
-class Mover:
-    """Orders every stream to the other instance, once, when its client has a few tokens."""
+async def arm(engines: Sequence[Engine], tag: str, prompts: Sequence[Prompt]) -> None:
+    """Order every stream there and back before it exists: wherever it starts, it moves.
 
-    session: aiohttp.ClientSession
-    watcher: Watcher
-    _orders: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    Raises:
+        PeerError: an engine refused.
+    """
+    here, there = engines
+    async with aiohttp.ClientSession() as session:
+        for source, target in ((here, there), (there, here)):
+            for prompt in prompts:
+                order = {
+                    "rid": f"{tag}-{prompt.name}",
+                    "target": target.url,
+                    "reason": "ordered",
+                    "at_tokens": MOVE_AT_TOKENS,
+                    "hold_after": HOLD_AFTER_TOKENS,
+                }
+                await _post(session, f"{source.url}/star/migrate", order)
 
-    def look(self, streams: Sequence[Stream]) -> None:
-        """Order what is due and not ordered yet."""
-        where = {seen.rid: seen.instance for seen in self.watcher.sightings}
-        names = sorted({load.instance for load in self.watcher.loads})
-        for stream in streams:
-            rid = stream.rid
-            if stream.tokens >= MOVE_AT_TOKENS and rid in where and rid not in self._orders:
-                target = names[1 - names.index(where[rid])]
-                self._orders[rid] = asyncio.create_task(self._order(rid, target))
 
-    async def _order(self, rid: str, target: str) -> None:
-        # A refused order costs nothing: the stream goes on where it is, and is not counted.
-        with contextlib.suppress(aiohttp.ClientError):
-            order = {"rid": rid, "target": target}
-            async with self.session.post("/star/migrate", json=order) as answer:
-                await answer.read()
+async def disarm(engines: Sequence[Engine]) -> None:
+    """Forget the orders of streams that ended before they were due."""
+    async with aiohttp.ClientSession() as session:
+        for engine in engines:
+            await _post(session, f"{engine.url}/star/disarm", {})
 
-    async def done(self) -> None:
-        """Wait until every order was answered."""
-        await asyncio.gather(*self._orders.values())
+
+async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
+    async with session.post(url, json=body) as answer:
+        if answer.status >= 400:
+            raise PeerError(f"{url} answered {answer.status}: {await answer.text()}")

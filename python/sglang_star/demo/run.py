@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Final
 
 from sglang_star.cluster import Cluster
-from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.cluster_layout import CPU_ENVIRONMENT, ClusterSpec
 from sglang_star.demo import comparison, conversation, page, picture, report, setting
 from sglang_star.demo.conversation import Conversation
 from sglang_star.demo.phases import Phases, cores, expected_s
 from sglang_star.demo.report import Findings
 from sglang_star.demo.side import summary
 from sglang_star.demo.workload import Workload
+from sglang_star.forkserver import ForkServer
+from sglang_star.machine import has_gpu
 
 PLAYING_S: Final = 130.0
 QUICK_PLAYING_S: Final = 45.0
@@ -32,12 +34,13 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     steps = _announce(arguments.quick)
     talk = Conversation()
-    with contextlib.ExitStack() as running:
+    with contextlib.ExitStack() as imported, contextlib.ExitStack() as running:
+        forks = _fork_server(out / "logs", imported)
 
         def start(spec: ClusterSpec, what: str) -> Cluster:
             with steps.phase(f"starting {what}"):
-                cluster = Cluster(spec, logs=out / "logs" / what.replace(" ", "-"), report=_detail)
-                return running.enter_context(cluster)
+                logs = out / "logs" / what.replace(" ", "-")
+                return running.enter_context(Cluster(spec, logs, report=_detail, forks=forks))
 
         cluster = start(comparison.spec(arguments.predictor), "1 prefill and 2 decode engines")
         comparison.warm_up(cluster, workload)
@@ -49,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.quick:
             running.close()
             cluster = start(conversation.spec(arguments.predictor), "2 chat engines")
+            imported.close()
             with steps.phase("chat answers, moved live, then again without moving"):
                 talk = conversation.run(cluster)
         found = Findings(without, rescheduled, talk, steps.took, time.monotonic() - began)
@@ -56,6 +60,14 @@ def main(argv: Sequence[str]) -> int:
         if arguments.keep:
             stay(cluster)
     return 1 if wrong else 0
+
+
+def _fork_server(logs: Path, stack: contextlib.ExitStack) -> ForkServer | None:
+    """Import SGLang once for both clusters, where engines can be forks."""
+    if has_gpu():
+        return None
+    logs.mkdir(parents=True, exist_ok=True)
+    return stack.enter_context(ForkServer(logs / "imports.log", CPU_ENVIRONMENT))
 
 
 def publish(found: Findings, workload: Workload, out: Path) -> list[str]:
