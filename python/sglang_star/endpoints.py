@@ -1,4 +1,4 @@
-"""STAR's routes on SGLang's own HTTP app: ``/star/status``, ``migrate``, ``drain``, ``undrain``.
+"""STAR's routes on SGLang's HTTP app: ``/star/status|migrate|disarm|drain|undrain``.
 
 They live behind SGLang's API-key check like any other route. The HTTP process passes orders to
 the scheduler over a private socket; the scheduler answers between two decode steps.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
@@ -30,6 +30,7 @@ from sglang_star.launch import ATTRIBUTE
 from sglang_star.protocol import (
     PROTOCOL_VERSION,
     Advertisement,
+    DisarmOrder,
     DrainOrder,
     MigrateOrder,
     OrderReply,
@@ -45,11 +46,20 @@ RESOLVE_TIMEOUT_S = 5.0
 
 
 class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of ``POST /star/migrate``."""
+    """Body of ``POST /star/migrate``; see :class:`~sglang_star.protocol.MigrateOrder`."""
 
-    rid: str
+    rid: Annotated[str, msgspec.Meta(min_length=1)]
     target: str
     reason: str = "order"
+    at_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    hold_after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    expire_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
+
+
+class DisarmBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /star/disarm``; without a ``rid`` all armed orders are meant."""
+
+    rid: str = ""
 
 
 class DrainBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -119,6 +129,7 @@ class Endpoints:
         for path, method, handler in (
             ("/star/status", "GET", self.status),
             ("/star/migrate", "POST", self.migrate),
+            ("/star/disarm", "POST", self.disarm),
             ("/star/drain", "POST", self.drain),
             ("/star/undrain", "POST", self.undrain),
         ):
@@ -130,13 +141,26 @@ class Endpoints:
         return _json(await self._orders.ask(lambda n: StatusOrder(order_id=n)))
 
     async def migrate(self, request: Request) -> Response:
-        """Start a move: 202 once accepted."""
+        """Start a move, or arm one: 202 once accepted."""
         body = await _body(request, MigrateBody)
         target = await self._resolve(body.target)
         payload = await self._orders.ask(
-            lambda n: MigrateOrder(order_id=n, rid=body.rid, target=target, reason=body.reason)
+            lambda n: MigrateOrder(
+                order_id=n,
+                rid=body.rid,
+                target=target,
+                reason=body.reason,
+                at_tokens=body.at_tokens,
+                hold_after=-1 if body.hold_after is None else body.hold_after,
+                expire_s=body.expire_s,
+            )
         )
         return _json(payload, 202)
+
+    async def disarm(self, request: Request) -> Response:
+        """Forget armed orders; answers with their migration ids."""
+        body = await _body(request, DisarmBody)
+        return _json(await self._orders.ask(lambda n: DisarmOrder(order_id=n, rid=body.rid)))
 
     async def drain(self, request: Request) -> Response:
         """Refuse guests and move everything movable to the targets."""

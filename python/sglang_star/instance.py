@@ -14,6 +14,7 @@ from sglang_star import __version__
 from sglang_star.config import StarConfig
 from sglang_star.errors import StarError
 from sglang_star.identity import fingerprint_of, host_token
+from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.arrival import Arrivals
 from sglang_star.migration.batch import PENALTY_LOG
 from sglang_star.migration.guests import Guests
@@ -31,6 +32,7 @@ from sglang_star.protocol import (
     Commit,
     Heartbeat,
     Inserted,
+    MigrationMessage,
     PagesReady,
     PagesTaken,
     Parked,
@@ -98,6 +100,7 @@ class Instance:
             fingerprint,
             self._guests.handed_over,
         )
+        armed = ArmedOrders()
         self._status = StatusReporter(
             scheduler,
             self._links.peer,
@@ -105,12 +108,22 @@ class Instance:
             self._source,
             self._guests,
             log,
+            armed,
             self._timer,
         )
         self._next_status = 0.0
         self._watched: frozenset[tuple[str, str]] = frozenset()
         self._orders = Orders(
-            scheduler, self._source, self._guests, self._relay, self._status, self._timer, config
+            scheduler,
+            self._source,
+            self._guests,
+            self._relay,
+            self._status,
+            self._timer,
+            log,
+            armed,
+            self._links.peer,
+            config,
         )
         self.advertisement = Advertisement(
             protocol_version=PROTOCOL_VERSION,
@@ -145,6 +158,7 @@ class Instance:
         if self._source.moves:
             self._source.step()
         if self._guests.by_stream:
+            self._arrivals.step()
             self._guests.step()
         self._orders.step()
         self._relay.flush()
@@ -186,6 +200,8 @@ class Instance:
 
     def _handle(self, item: object) -> None:
         try:
+            if self._source.moves and isinstance(item, MigrationMessage):
+                self._source.proven(item)
             match item:
                 case TokenChunk():
                     self._relay.on_chunk(item)

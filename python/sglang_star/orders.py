@@ -1,9 +1,11 @@
-"""Orders to this instance: report, migrate, drain, undrain."""
+"""Orders to this instance: report, migrate, disarm, drain, undrain."""
 
 from __future__ import annotations
 
 import logging
 import time
+import uuid
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -11,13 +13,16 @@ from msgspec import structs
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_star.config import StarConfig
-from sglang_star.errors import OrderRefused, StarError, UnknownRequest
-from sglang_star.migration.guests import Guests
+from sglang_star.errors import NotMovable, OrderRefused, StarError, UnknownRequest
+from sglang_star.migration.armed import MAX_WAIT_S, ArmedOrder, ArmedOrders
+from sglang_star.migration.guests import Guest, Guests
 from sglang_star.migration.move import Move
-from sglang_star.migration.relay import Relay
+from sglang_star.migration.relay import ARRIVED, Relay
+from sglang_star.migration.report import MoveLog
 from sglang_star.migration.source import Source
 from sglang_star.protocol import (
     DRAIN,
+    DisarmOrder,
     DrainOrder,
     MigrateOrder,
     OrderReply,
@@ -28,6 +33,7 @@ from sglang_star.protocol import (
 from sglang_star.status import StatusReporter, StepTimer
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -46,6 +52,9 @@ class Orders:
         relay: Relay,
         status: StatusReporter,
         timer: StepTimer,
+        log: MoveLog,
+        armed: ArmedOrders,
+        here: Peer,
         config: StarConfig,
     ) -> None:
         self._scheduler = scheduler
@@ -54,6 +63,9 @@ class Orders:
         self._relay = relay
         self._status = status
         self._timer = timer
+        self._log = log
+        self._armed = armed
+        self._here = here
         self._config = config
         self._drain_targets: list[Peer] = []
         self._drain_next = 0.0
@@ -74,12 +86,23 @@ class Orders:
     def _carry_out(self, message: object) -> bytes:
         match message:
             case StatusOrder():
-                return orjson.dumps(structs.asdict(self._status.snapshot()), default=structs.asdict)
+                snapshot = self._status.snapshot(all_reports=True)
+                return orjson.dumps(structs.asdict(snapshot), default=structs.asdict)
+            case MigrateOrder() if message.at_tokens > 0:
+                order = self.arm(message)
+                return orjson.dumps({"migration_id": order.migration_id, "armed": True})
             case MigrateOrder():
-                move = self.migrate(message.rid, message.target, message.reason)
+                move = self.migrate(
+                    message.rid, message.target, message.reason, hold_after=_hold(message)
+                )
                 return orjson.dumps(
                     {"migration_id": move.migration_id, "stream_id": move.stream_id}
                 )
+            case DisarmOrder():
+                gone = self._armed.disarm(message.rid)
+                for order in gone:
+                    self._unstarted(order, "disarmed", "POST /star/disarm")
+                return orjson.dumps({"disarmed": [order.migration_id for order in gone]})
             case DrainOrder():
                 self._guests.draining = True
                 self._drain_targets = list(message.targets)
@@ -90,28 +113,61 @@ class Orders:
                 return orjson.dumps({"draining": False})
         raise OrderRefused(f"unknown order {type(message).__name__}")
 
-    def migrate(self, rid: str, target: Peer, reason: str) -> Move:
+    def arm(self, message: MigrateOrder) -> ArmedOrder:
+        """Keep an order until its request, which need not exist yet, comes to its token.
+
+        Raises:
+            OrderRefused: it could never start, or too many are armed.
+        """
+        self._check_role()
+        if message.target.instance_id == self._here.instance_id:
+            raise OrderRefused("an instance is no target of its own", hint="name another instance")
+        if not 0 < message.expire_s <= MAX_WAIT_S:
+            raise OrderRefused(
+                f"an armed order cannot wait for {message.expire_s:g} s",
+                hint=f"give expire_s between 0 and {MAX_WAIT_S:.0f}",
+            )
+        order = ArmedOrder(
+            migration_id=uuid.uuid4().hex,
+            rid=message.rid,
+            target=message.target,
+            reason=message.reason,
+            at_tokens=message.at_tokens,
+            hold_after=_hold(message),
+            armed_at=time.time(),
+            expires_at=time.monotonic() + message.expire_s,
+        )
+        self._armed.add(order)
+        return order
+
+    def migrate(
+        self,
+        rid: str,
+        target: Peer,
+        reason: str,
+        *,
+        hold_after: int | None = None,
+        migration_id: str = "",
+    ) -> Move:
         """Start moving the request that its client knows as ``rid``.
 
         Raises:
             UnknownRequest: nothing of that name decodes here.
             OrderRefused: it cannot move now.
         """
-        if self._scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
-            raise OrderRefused("a prefill instance has no decoding requests to move")
-        for guest in self._guests.by_stream.values():
-            if guest.reserve.client_rid == rid and guest.req is not None and not guest.arriving:
+        self._check_role()
+        for name, req, guest in self._movable():
+            if name == rid:
                 return self._source.start(
-                    guest.req,
+                    req,
                     rid,
                     target,
                     reason,
                     step_ms=self._timer.ema_ms,
-                    guest_of=(guest.reserve.stream_id, guest.reserve.home),
+                    guest_of=(guest.reserve.stream_id, guest.reserve.home) if guest else None,
+                    hold_after=hold_after,
+                    migration_id=migration_id,
                 )
-        for req in self._scheduler.running_batch.reqs:
-            if req.rid == rid and not req.finished():
-                return self._source.start(req, rid, target, reason, step_ms=self._timer.ema_ms)
         for shadow in self._relay.shadows.values():
             if shadow.req.rid == rid:
                 raise OrderRefused(
@@ -121,6 +177,19 @@ class Orders:
         raise UnknownRequest(
             f"no request {rid!r} is decoding here", hint="see GET /star/status for those that are"
         )
+
+    def _check_role(self) -> None:
+        if self._scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
+            raise OrderRefused("a prefill instance has no decoding requests to move")
+
+    def _movable(self) -> Iterator[tuple[str, Req, Guest | None]]:
+        """What decodes here: guests by the name their client knows, then our own requests."""
+        for guest in self._guests.by_stream.values():
+            if guest.req is not None and not guest.arriving:
+                yield guest.reserve.client_rid, guest.req, guest
+        for req in self._scheduler.running_batch.reqs:
+            if req.rid not in self._guests.by_rid and not req.finished():
+                yield req.rid, req, None
 
     def _decoding(self) -> list[str]:
         """What their clients call the requests that decode here."""
@@ -132,9 +201,46 @@ class Orders:
         ]
 
     def step(self) -> None:
-        """While draining, start as many moves as are allowed, round-robin over the targets."""
-        if not self._drain_targets or time.monotonic() < self._drain_next:
-            return
+        """Start the armed orders that are due, and what a drain still has to move."""
+        if self._armed:
+            self._fire()
+        if self._drain_targets and time.monotonic() >= self._drain_next:
+            self._drain()
+
+    def _fire(self) -> None:
+        moving = {id(move.req) for move in self._source.moves.values()}
+        running = [
+            (name, len(req.output_ids) - getattr(req, ARRIVED, 0))
+            for name, req, _ in self._movable()
+            if id(req) not in moving
+        ]
+        for order, rid in self._armed.due(running):
+            try:
+                self.migrate(
+                    rid,
+                    order.target,
+                    order.reason,
+                    hold_after=order.hold_after,
+                    migration_id=order.migration_id,
+                )
+            except NotMovable as error:
+                self._unstarted(order, "refused", error.message)
+            except StarError as error:
+                # Too many moves, or not steady yet: the next step boundary may see it start.
+                order.obstacle = error.message
+                continue
+            self._armed.remove(order)
+        for order in self._armed.expire(time.monotonic()):
+            detail = order.obstacle or f"no {order.rid} came to {order.at_tokens} tokens here"
+            self._unstarted(order, "expired", detail)
+
+    def _unstarted(self, order: ArmedOrder, outcome: str, detail: str) -> None:
+        report = order.unstarted(self._here.instance_id, outcome, detail, time.time())
+        self._log.add(report)
+        logger.info("STAR: armed move of %s %s: %s", order.rid, outcome, detail)
+
+    def _drain(self) -> None:
+        """Start as many moves as are allowed, round-robin over the targets."""
         self._drain_next = time.monotonic() + DRAIN_RETRY_S
         for rid in self._decoding():
             if len(self._source.moves) >= self._config.max_moves:
@@ -145,3 +251,7 @@ class Orders:
                 self.migrate(rid, target, DRAIN)
             except StarError as error:
                 logger.debug("STAR cannot drain %s yet: %s", rid, error)
+
+
+def _hold(message: MigrateOrder) -> int | None:
+    return message.hold_after if message.hold_after >= 0 else None

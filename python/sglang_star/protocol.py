@@ -20,7 +20,7 @@ import msgspec
 
 from sglang_star.errors import MalformedMessage, VersionMismatch
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 DRAIN: Final = "drain"
 """Reason of every move off an instance that is to go; targets go by it. The router's policies,
@@ -70,7 +70,8 @@ class MoveReport(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """How one migration ended, from its home's point of view.
 
     Attributes:
-        outcome: ``moved``, ``refused``, ``failed``, ``reclaimed`` or ``cancelled``.
+        outcome: ``moved``, ``refused``, ``failed``, ``reclaimed`` or ``cancelled``; of an armed
+            order that never started ``expired`` or ``disarmed``, told by the engine it was given.
         reason: why it was ordered; ``detail``: why it ended so, empty when moved.
         context_tokens: tokens whose KV moved; precopied_tokens: of these, copied while decoding.
         stall_ms: gap between the last token decoded by the source and the first relayed one,
@@ -115,11 +116,13 @@ class InstanceStatus(Message, frozen=True):
         draining: no new work is wanted.
         requests: every running request, then the queued ones.
         recent_moves: moves whose home is this instance and that ended in the last 10 s;
-            repeated in several statuses so that a lost message loses nothing.
+            repeated in several statuses so that a lost message loses nothing. The answer to a
+            :class:`StatusOrder` has the last few hundred, whatever their age.
         move_outcomes: how many moves ended in each way since start.
         predictor_fallbacks: estimates read from the head's by-age table because the model's or
             the head's numbers were not finite; predictor_failures: steps left without estimates.
         paced_late: forwards that took longer than the card they are paced to would have.
+        armed: orders that wait for their request to come to its token.
     """
 
     instance_id: str
@@ -144,6 +147,7 @@ class InstanceStatus(Message, frozen=True):
     predictor_fallbacks: int = 0
     predictor_failures: int = 0
     paced_late: int = 0
+    armed: int = 0
 
 
 class Advertisement(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,18 +191,38 @@ class DescribeOrder(Message, frozen=True):
 
 
 class StatusOrder(Message, frozen=True):
-    """Ask the scheduler for a fresh :class:`InstanceStatus`."""
+    """Ask the scheduler for a fresh :class:`InstanceStatus`, with older reports than published."""
 
     order_id: int
 
 
 class MigrateOrder(Message, frozen=True):
-    """Move one running request to ``target``; answered when accepted or refused."""
+    """Move one request to ``target``; answered when accepted or refused.
+
+    Attributes:
+        rid: its name; with ``at_tokens`` a name that ends in ``*`` stands for the first request
+            that it is the beginning of.
+        at_tokens: 0 for a running request, at once; else the order is armed: it starts when the
+            request, which need not exist yet, has decoded so many tokens on this instance.
+        hold_after: take the request out of the batch this many tokens after the start of the
+            move, however much is copied by then; -1 never.
+        expire_s: how long an armed order waits, seconds.
+    """
 
     order_id: int
     rid: str
     target: Peer
     reason: str = ""
+    at_tokens: int = 0
+    hold_after: int = -1
+    expire_s: float = 0.0
+
+
+class DisarmOrder(Message, frozen=True):
+    """Forget the armed orders that were given for exactly this rid; all, if it is empty."""
+
+    order_id: int
+    rid: str = ""
 
 
 class DrainOrder(Message, frozen=True):
@@ -340,10 +364,16 @@ class Commit(MigrationMessage, frozen=True):
 
 
 class Inserted(MigrationMessage, frozen=True):
-    """The request decodes at ``host`` from now on; sent to the source and to the home."""
+    """The request decodes at ``host`` from now on; sent to the source and to the home.
+
+    Attributes:
+        moves: of this request so far, this one included: a home that hears of two in the wrong
+            order knows the later one by it.
+    """
 
     host: Peer
     facts: MoveFacts
+    moves: int
 
 
 class TokenChunk(MigrationMessage, frozen=True):
@@ -388,6 +418,7 @@ AnyMessage = (
     | DescribeOrder
     | StatusOrder
     | MigrateOrder
+    | DisarmOrder
     | DrainOrder
     | UndrainOrder
     | OrderReply

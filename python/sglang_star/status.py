@@ -11,6 +11,7 @@ import numpy as np
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_star.migration import batch, codec
+from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.guests import Guests
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.relay import ESTIMATE, MOVES
@@ -79,6 +80,7 @@ class StatusReporter:
         source: Source,
         guests: Guests,
         log: MoveLog,
+        armed: ArmedOrders,
         timer: StepTimer,
     ) -> None:
         self._scheduler = scheduler
@@ -87,12 +89,17 @@ class StatusReporter:
         self._source = source
         self._guests = guests
         self._log = log
+        self._armed = armed
         self._timer = timer
         self._sequence = 0
         self.retractions = 0
 
-    def snapshot(self) -> InstanceStatus:
-        """The status now; every call has a new sequence number."""
+    def snapshot(self, *, all_reports: bool = False) -> InstanceStatus:
+        """The status now; every call has a new sequence number.
+
+        Args:
+            all_reports: add the older reports of moves that are still kept.
+        """
         self._sequence += 1
         scheduler = self._scheduler
         running = [self._describe(req, RUNNING) for req in self._running()]
@@ -119,11 +126,12 @@ class StatusReporter:
             retractions=self.retractions,
             draining=self._guests.draining,
             requests=(*running, *queued, *retracted),
-            recent_moves=self._log.recent(),
+            recent_moves=tuple(self._log.reports) if all_reports else self._log.recent(),
             move_outcomes=dict(self._log.outcomes),
             predictor_fallbacks=runner.fallbacks,
             predictor_failures=runner.failures,
             paced_late=paced.late,
+            armed=len(self._armed),
         )
 
     def _running(self) -> Iterator[Req]:

@@ -14,6 +14,8 @@ arrival = pytest.importorskip("sglang_star.migration.arrival")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
 
 from sglang_star.errors import OrderRefused  # noqa: E402
+from sglang_star.migration.armed import ArmedOrders  # noqa: E402
+from sglang_star.migration.report import MoveLog  # noqa: E402
 from sglang_star.protocol import DRAIN, Peer  # noqa: E402
 
 PEER = Peer(instance_id="d0", incarnation=1, address="tcp://127.0.0.1:1")
@@ -69,10 +71,9 @@ def guests_of(*arriving: Any) -> Any:
 def reporter(scheduler: Any, guests: Any, free: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(status.codec, "pinned", lambda req: "")
     pages = SimpleNamespace(capacity=CAPACITY, free=free, unsupported="")
-    log = SimpleNamespace(recent=lambda: (), outcomes={})
     source = SimpleNamespace(moves={})
     return status.StatusReporter(
-        scheduler, PEER, pages, source, guests, log, status.StepTimer()
+        scheduler, PEER, pages, source, guests, MoveLog(), ArmedOrders(), status.StepTimer()
     ).snapshot()
 
 

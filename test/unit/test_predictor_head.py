@@ -21,7 +21,7 @@ from sglang_star.predictor.recipe import Recipe
 from unit import predictor_cases as cases
 
 MOST_PARAMETERS = 0.0672 * 125.2e6
-MOST_BYTES = 2 * 2**20
+MOST_BYTES = 5 * 2**20
 
 
 @pytest.fixture

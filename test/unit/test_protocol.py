@@ -37,10 +37,14 @@ MESSAGES = [
         predictor=b"x",
         facts=FACTS,
     ),
-    protocol.Inserted(**ADDRESS, host=PEER, facts=FACTS),
+    protocol.Inserted(**ADDRESS, host=PEER, facts=FACTS, moves=2),
     protocol.TokenChunk(**ADDRESS, index=3, token_ids=(5,), remaining=(1.0, 2.0, 3.0, 4.0, 5.0)),
     protocol.Heartbeat(**ADDRESS, sender=PEER, live=("a/7/1",)),
     protocol.MigrateOrder(order_id=1, rid="r", target=PEER),
+    protocol.MigrateOrder(
+        order_id=2, rid="r*", target=PEER, at_tokens=20, hold_after=0, expire_s=60.0
+    ),
+    protocol.DisarmOrder(order_id=3, rid="r*"),
     protocol.InstanceStatus(
         instance_id="a",
         incarnation=7,

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sglang_star.model import reasoning_model
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-WEIGHTS: Final = Path(__file__).parent / "weights"
+WEIGHTS: Final = reasoning_model()
 """The trained model that comes with the package."""
 
 END, USER, ANSWER, UNKNOWN = "<end>", "<user>", "<answer>", "<unk>"

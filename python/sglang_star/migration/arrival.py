@@ -13,7 +13,7 @@ from sglang_star.migration import batch, codec
 from sglang_star.migration.guests import GUEST_PREFIX, Guest, Guests
 from sglang_star.migration.links import Links
 from sglang_star.migration.pages import KvPages
-from sglang_star.migration.relay import MOVES, Relay
+from sglang_star.migration.relay import ARRIVED, MOVES, Relay
 from sglang_star.migration.states import TargetEvent, target_machine
 from sglang_star.migration.transport import carrier as carrier_named
 from sglang_star.predictor.state import import_state
@@ -157,7 +157,8 @@ class Arrivals:
             raise OrderRefused("no request slot is free")
         self._pages.bind_to_root(req)
         req.sampling_params.max_new_tokens = message.max_new_tokens
-        setattr(req, MOVES, message.moves + (not guest.comes_home))
+        if not guest.comes_home:
+            setattr(req, MOVES, message.moves + 1)
         guest.machine = target_machine()
         self._answer(guest, Reserved(**self._guests.address(message)))
 
@@ -198,29 +199,52 @@ class Arrivals:
         guest = self._guests.by_stream.get(message.stream_id)
         if guest is None or guest.reserve.migration_id != message.migration_id:
             return
+        # The last tokens of an earlier host may come after those of the one that sends this.
+        guest.commit = message if self._misses_tokens(guest, message) else None
+        if guest.commit is not None:
+            return
         try:
             self._insert(guest, message)
         except StarError as error:
             self._guests.refuse(guest.reserve, error)
             return
-        host = self._links.peer
-        inserted: dict[str, Any] = {"host": host, "facts": message.facts}
-        self._answer(guest, Inserted(**self._guests.address(message), **inserted))
+        inserted: dict[str, Any] = {
+            "host": self._links.peer,
+            "facts": message.facts,
+            "moves": guest.reserve.moves + 1,
+        }
+        answer = Inserted(**self._guests.address(message), **inserted)
+        self._answer(guest, answer)
         if guest.comes_home:
-            shadow = self._relay.shadows[message.stream_id]
-            self._relay.returned(shadow, message.migration_id, message.facts)
+            self._relay.returned(self._relay.shadows[message.stream_id], answer)
             self._guests.forget(guest)
         elif guest.reserve.home != guest.reserve.source:
             address = self._guests.address(message, to=guest.reserve.home)
             self._links.send(guest.reserve.home, Inserted(**address, **inserted))
+
+    def step(self) -> None:
+        """Look again at commits that came before the tokens of an earlier host."""
+        for guest in self._guests.arriving():
+            if guest.commit is not None:
+                self.on_commit(guest.commit)
+
+    def _misses_tokens(self, guest: Guest, message: Commit) -> bool:
+        return (
+            guest.comes_home
+            and message.stream_id in self._relay.shadows
+            and guest.req is not None
+            and len(guest.req.output_ids) < len(message.output_ids)
+        )
 
     def _insert(self, guest: Guest, message: Commit) -> None:
         req = guest.req
         if req is None or guest.machine is None or not guest.machine.allows(TargetEvent.COMMIT):
             raise OrderRefused("commit before the pages")
         if guest.comes_home:
+            if message.stream_id not in self._relay.shadows:
+                raise OrderRefused("the stream has ended at home")
             if list(req.output_ids) != list(message.output_ids):
-                raise OrderRefused("home still misses tokens of an earlier host")
+                raise OrderRefused("home has other tokens of this stream")
         else:
             req.output_ids = array("q", message.output_ids)
             if req.grammar is not None:
@@ -231,6 +255,7 @@ class Arrivals:
             raise OrderRefused("the committed length does not match the KV received")
         req.kv.kv_committed_len = length
         guest.base = guest.sent = len(req.output_ids)
+        setattr(req, ARRIVED, guest.base)
         import_state(req, message.predictor)
         guest.machine.fire(TargetEvent.COMMIT)
         guest.carrier.close()

@@ -18,7 +18,7 @@ from sglang_star.migration.links import Links
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.states import Machine, Target, TargetEvent
 from sglang_star.migration.transport.base import Carrier
-from sglang_star.protocol import MigrationMessage, Peer, Refused, Release, Reserve
+from sglang_star.protocol import Commit, MigrationMessage, Peer, Refused, Release, Reserve
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -40,6 +40,7 @@ class Guest:
         comes_home: the home is this instance: ``req`` is its shadow's request.
         confirmed_at: when home last said that it wants the stream.
         due: until when its commit is expected any moment, monotonic seconds.
+        commit: one that waits for tokens which home still misses.
     """
 
     reserve: Reserve
@@ -54,6 +55,7 @@ class Guest:
     sent: int = 0
     muted: bool = False
     due: float = 0.0
+    commit: Commit | None = None
 
     @property
     def arriving(self) -> bool:

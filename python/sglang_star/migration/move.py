@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sglang_star.migration.states import Home, HomeEvent, Machine, home_machine
+from sglang_star.migration.states import OFF_BATCH, Home, HomeEvent, Machine, home_machine
 from sglang_star.migration.transport.base import Carrier
 from sglang_star.protocol import MoveFacts, MoveReport, Peer
 
@@ -27,6 +27,9 @@ class Move:
         free_slots: those the target does not read any more.
         sent: KV positions gathered so far; precopied: of these, before parking.
         deadline: monotonic seconds.
+        hold_at: output tokens at which the request leaves the batch whatever was copied by then;
+            None to let it decode until the copy has caught up.
+        announced: whether the target was told that the commit is near.
     """
 
     migration_id: str
@@ -42,6 +45,8 @@ class Move:
     token_bytes: int
     step_ms: float
     deadline: float
+    hold_at: int | None = None
+    announced: bool = False
     machine: Machine[Home, HomeEvent] = field(default_factory=home_machine)
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
     sent: int = 0
@@ -51,7 +56,12 @@ class Move:
     @property
     def off_batch(self) -> bool:
         """Whether the request is out of the running batch, with its KV still held here."""
-        return self.machine.state in (Home.PARKED, Home.COMMITTED)
+        return self.machine.state in OFF_BATCH
+
+    @property
+    def held(self) -> bool:
+        """Whether it is time for the request to leave the batch, come what may."""
+        return self.hold_at is not None and len(self.req.output_ids) >= self.hold_at
 
     @property
     def address(self) -> dict[str, Any]:

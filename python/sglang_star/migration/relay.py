@@ -18,9 +18,9 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_star.migration import batch, codec
 from sglang_star.migration.links import Links
-from sglang_star.migration.report import MoveLog, clock
+from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Home, HomeEvent, Machine
-from sglang_star.protocol import Inserted, MoveFacts, MoveReport, Peer, Release, TokenChunk
+from sglang_star.protocol import Inserted, MoveReport, Peer, Release, TokenChunk
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -32,6 +32,8 @@ ESTIMATE = "_star_estimate"
 """Attribute of a Req: remaining output tokens at ``QUANTILE_LEVELS``."""
 MOVES = "_star_moves"
 """Attribute of a Req: how many times it has moved."""
+ARRIVED = "_star_arrived"
+"""Attribute of a Req that moved here: how many output tokens it came with."""
 
 
 @dataclass(slots=True)
@@ -68,16 +70,16 @@ class Relay:
 
     # ------------------------------------------------------------------ a stream leaves, returns
 
-    def adopt(self, shadow: Shadow, facts: MoveFacts) -> None:
+    def adopt(self, shadow: Shadow, message: Inserted) -> None:
         """The request just left this instance; its KV is already given back."""
         self.shadows[shadow.stream_id] = shadow
-        self._arrived(shadow.req, shadow.migration_id, shadow.host, facts)
+        self._arrived(shadow.req, message)
 
-    def returned(self, shadow: Shadow, migration_id: str, facts: MoveFacts) -> None:
+    def returned(self, shadow: Shadow, message: Inserted) -> None:
         """The request decodes here again."""
         shadow.machine.fire(HomeEvent.RETURN)
         del self.shadows[shadow.stream_id]
-        self._arrived(shadow.req, migration_id, self._links.peer, facts)
+        self._arrived(shadow.req, message)
 
     def on_inserted(self, message: Inserted) -> None:
         """A former host handed the stream to another one."""
@@ -86,10 +88,12 @@ class Relay:
             # The stream ended or was reclaimed meanwhile: the new host holds a ghost.
             self._release(message.stream_id, message.migration_id, message.host, "stream is over")
             return
-        shadow.host = message.host
-        shadow.migration_id = message.migration_id
-        shadow.confirmed_at = time.monotonic()
-        self._arrived(shadow.req, message.migration_id, message.host, message.facts)
+        # What a former host says may come after what a later one says.
+        if message.moves > getattr(shadow.req, MOVES, 0):
+            shadow.host = message.host
+            shadow.migration_id = message.migration_id
+            shadow.confirmed_at = time.monotonic()
+        self._arrived(shadow.req, message)
 
     # ------------------------------------------------------------------ tokens
 
@@ -216,6 +220,6 @@ class Relay:
             ),
         )
 
-    def _arrived(self, req: Req, migration_id: str, host: Peer, facts: MoveFacts) -> None:
-        setattr(req, MOVES, getattr(req, MOVES, 0) + 1)
-        clock(req).arrival = (migration_id, host.instance_id, facts)
+    def _arrived(self, req: Req, message: Inserted) -> None:
+        setattr(req, MOVES, max(message.moves, getattr(req, MOVES, 0)))
+        self._log.arrived(req, message.migration_id, message.host.instance_id, message.facts)

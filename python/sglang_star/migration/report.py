@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sglang_star.protocol import MoveFacts, MoveReport
@@ -21,15 +21,16 @@ KEPT = 256
 
 @dataclass(slots=True)
 class MoveClock:
-    """When a client last got a token, and the move whose stall its next token ends.
+    """When a client last got a token, and the moves whose stall its next token ends.
 
     Attributes:
         last_token_at: monotonic seconds.
-        arrival: (migration id, target, facts) of a move whose first token is still to come.
+        arrivals: (migration id, target, facts) of moves whose first token is still to come; more
+            than one if the request was handed on before it decoded.
     """
 
     last_token_at: float
-    arrival: tuple[str, str, MoveFacts] | None = None
+    arrivals: list[tuple[str, str, MoveFacts]] = field(default_factory=list)
 
 
 def clock(req: Req) -> MoveClock:
@@ -63,31 +64,38 @@ class MoveLog:
         horizon = time.time() - RECENT_S
         return tuple(report for report in self.reports if report.finished_at >= horizon)
 
+    def arrived(self, req: Req, migration_id: str, target: str, facts: MoveFacts) -> None:
+        """A request of ours decodes at ``target``; reported with its next token, and once only."""
+        pending = clock(req).arrivals
+        if all(migration_id != known for known, _, _ in pending) and all(
+            migration_id != report.migration_id for report in self.reports
+        ):
+            pending.append((migration_id, target, facts))
+
     def token(self, req: Req) -> None:
         """A client of ours got new tokens of a request that has a clock."""
         ticking: MoveClock = getattr(req, CLOCK)
         now = time.monotonic()
         gap_s, ticking.last_token_at = now - ticking.last_token_at, now
-        if ticking.arrival is None:
-            return
-        (migration_id, target, facts), ticking.arrival = ticking.arrival, None
-        stall_ms = max(0.0, gap_s * 1e3 - facts.step_ms)
-        self.add(
-            MoveReport(
-                migration_id=migration_id,
-                rid=req.rid,
-                source=facts.source,
-                target=target,
-                outcome="moved",
-                reason=facts.reason,
-                context_tokens=facts.context_tokens,
-                precopied_tokens=facts.precopied_tokens,
-                output_tokens=len(req.output_ids),
-                stall_ms=stall_ms,
-                stall_steps=stall_ms / facts.step_ms if facts.step_ms else 0.0,
-                step_ms=facts.step_ms,
-                transport_bytes=facts.transport_bytes,
-                started_at=facts.started_at,
-                finished_at=time.time(),
+        arrivals, ticking.arrivals = ticking.arrivals, []
+        for migration_id, target, facts in arrivals:
+            stall_ms = max(0.0, gap_s * 1e3 - facts.step_ms)
+            self.add(
+                MoveReport(
+                    migration_id=migration_id,
+                    rid=req.rid,
+                    source=facts.source,
+                    target=target,
+                    outcome="moved",
+                    reason=facts.reason,
+                    context_tokens=facts.context_tokens,
+                    precopied_tokens=facts.precopied_tokens,
+                    output_tokens=len(req.output_ids),
+                    stall_ms=stall_ms,
+                    stall_steps=stall_ms / facts.step_ms if facts.step_ms else 0.0,
+                    step_ms=facts.step_ms,
+                    transport_bytes=facts.transport_bytes,
+                    started_at=facts.started_at,
+                    finished_at=time.time(),
+                )
             )
-        )

@@ -1,7 +1,9 @@
 """The sending side of a move: reserve, pre-copy while decoding, park, commit, hand over.
 
-A move that fails at any point before ``Inserted`` leaves the request where it was, with its KV
-untouched; the target is told to drop what it holds.
+A request that is held leaves the batch before its copy has caught up, or before the target has
+even answered; what was not copied by then is copied while it does not decode. A move that fails at
+any point before ``Inserted`` leaves the request where it was, with its KV untouched, and puts it
+back into the batch; the target is told to drop what it holds.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from sglang_star.config import StarConfig
 from sglang_star.errors import NotMovable, OrderRefused, PeerError
 from sglang_star.migration import batch, codec
+from sglang_star.migration.cargo import Cargo
 from sglang_star.migration.links import Links
 from sglang_star.migration.move import SLOTS, Move
 from sglang_star.migration.pages import KvPages
@@ -21,14 +24,10 @@ from sglang_star.migration.relay import MOVES, Relay, Shadow
 from sglang_star.migration.report import MoveLog, clock
 from sglang_star.migration.states import Home, HomeEvent
 from sglang_star.migration.transport import carrier as carrier_named
-from sglang_star.predictor.state import export_state
 from sglang_star.protocol import (
-    Commit,
     Inserted,
     MigrationMessage,
-    PagesReady,
     PagesTaken,
-    Parked,
     Peer,
     Refused,
     Release,
@@ -77,6 +76,7 @@ class Source:
         self._fingerprint = fingerprint
         self._handed_over = handed_over
         self._streams = 0
+        self._cargo = Cargo(pages, links)
 
     # ------------------------------------------------------------------ orders
 
@@ -89,6 +89,8 @@ class Source:
         *,
         step_ms: float,
         guest_of: tuple[str, Peer] | None = None,
+        hold_after: int | None = None,
+        migration_id: str = "",
     ) -> Move:
         """Begin a move; it goes on by itself at every tick.
 
@@ -99,6 +101,9 @@ class Source:
             reason: for the report.
             step_ms: the present decode step time, against which the stall is measured.
             guest_of: (stream id, home) if the request is a guest here.
+            hold_after: take the request out of the batch after so many further tokens, whether
+                its copy has caught up or not; 0 at once, None never.
+            migration_id: of the move; a new one if empty.
 
         Raises:
             OrderRefused: it cannot start; the request is untouched.
@@ -113,7 +118,7 @@ class Source:
             raise OrderRefused(error.message, hint=error.hint) from error
         stream_id, home = guest_of or (self._new_stream(), self._links.peer)
         move = Move(
-            migration_id=uuid.uuid4().hex,
+            migration_id=migration_id or uuid.uuid4().hex,
             stream_id=stream_id,
             req=req,
             client_rid=client_rid,
@@ -126,6 +131,7 @@ class Source:
             token_bytes=self._pages.token_bytes,
             step_ms=step_ms,
             deadline=time.monotonic() + self._config.move_deadline_s,
+            hold_at=None if hold_after is None else len(req.output_ids) + hold_after,
         )
         request, prompt = codec.encode_request(req)
         self.moves[move.migration_id] = move
@@ -149,6 +155,8 @@ class Source:
             ),
             move,
         )
+        if move.held:
+            self._park(move)
         return move
 
     def _check(self, req: Req, target: Peer) -> None:
@@ -163,6 +171,8 @@ class Source:
             raise NotMovable(f"{req.rid} cannot move: it uses {why}")
         if any(move.req is req for move in self.moves.values()):
             raise OrderRefused(f"{req.rid} is already moving", hint="wait until that move ends")
+        if req.to_finish is not None:
+            raise OrderRefused(f"{req.rid} is about to end")
         if not batch.is_running(self._scheduler, req) or len(req.output_ids) < MIN_OUTPUT_TOKENS:
             raise OrderRefused(
                 f"{req.rid} is not decoding steadily yet", hint="retry in a few steps"
@@ -178,62 +188,39 @@ class Source:
     def step(self) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
         budget = self._config.copy_tokens_per_step
-        for move in list(self.moves.values()):
+        # Those whose clients wait come first.
+        for move in sorted(self.moves.values(), key=lambda move: not move.off_batch):
+            state = move.machine.state
             if move.req.finished():
-                self._end(move, HomeEvent.FINISH, "cancelled", "the request finished first")
+                self._finished(move)
+            elif state is Home.RESUMING:
+                self._resume(move)
             elif time.monotonic() > move.deadline:
                 self.cancel(move, "failed", "deadline passed")
-            elif move.machine.state in (Home.RESERVING, Home.COPYING) and not batch.is_running(
-                self._scheduler, move.req
-            ):
+            elif not move.off_batch and not batch.is_running(self._scheduler, move.req):
                 self.cancel(move, "cancelled", "the request was retracted")
-            elif move.machine.state is Home.COPYING:
-                budget -= self._copy(move, budget)
-            if move.machine.state is Home.PARKED and batch.is_settled(move.req):
-                self._commit(move)
+            else:
+                budget -= self._advance(move, budget)
 
-    def _copy(self, move: Move, budget: int) -> int:
-        """Gather whole pages into free slots; park once what is left is small."""
-        page = self._pages.page_size
-        ready = batch.completed_tokens(move.req) // page * page
+    def _advance(self, move: Move, budget: int) -> int:
+        """Copy, park and commit as far as it goes now; return how many tokens were copied."""
         copied = 0
-        while move.free_slots and move.sent < ready and copied < budget:
-            end = min(ready, move.sent + move.slot_tokens)
-            copied += end - move.sent
-            self._ship(move, end)
-        move.precopied = move.sent
-        if ready - move.sent < max(page, 2) and len(move.free_slots) >= SLOTS - 1:
-            move.machine.fire(HomeEvent.PARK)
-            batch.park(self._scheduler, move.req)
-            self._send(Parked(**move.address, step_ms=move.step_ms), move)
+        if move.machine.state is Home.COPYING:
+            copied = self._cargo.load(move, budget)
+            move.precopied = move.sent
+            if self._cargo.nearly_all(move) and len(move.free_slots) >= SLOTS - 1:
+                self._park(move)
+        if move.held and not move.off_batch:
+            self._park(move)
+        if move.machine.state is Home.PARKED:
+            copied += self._cargo.load(move, budget - copied)
+            self._cargo.seal(move)
         return copied
 
-    def _ship(self, move: Move, end: int) -> None:
-        slot = move.free_slots.pop()
-        self._pages.gather(move.req, move.sent, end, move.carrier.slot(slot))
-        self._send(PagesReady(**move.address, start=move.sent, end=end, slot=slot), move)
-        move.sent = end
-
-    def _commit(self, move: Move) -> None:
-        """Send the tail and the state; from here the target decides."""
-        req = move.req
-        length = batch.completed_tokens(req)
-        if move.sent < length:
-            if not move.free_slots:
-                return
-            self._ship(move, length)
-        move.machine.fire(HomeEvent.COMMIT)
-        self._send(
-            Commit(
-                **move.address,
-                committed_tokens=length,
-                output_ids=tuple(req.output_ids),
-                penalty_log=tuple(getattr(req, batch.PENALTY_LOG, ())),
-                predictor=export_state(req),
-                facts=move.facts(),
-            ),
-            move,
-        )
+    def _park(self, move: Move) -> None:
+        """Take the request out of the batch; its step in flight still counts."""
+        move.machine.fire(HomeEvent.PARK)
+        batch.park(self._scheduler, move.req)
 
     # ------------------------------------------------------------------ answers
 
@@ -253,7 +240,7 @@ class Source:
     def on_refused(self, message: Refused) -> None:
         """The target holds nothing: the request goes on here."""
         move = self.moves.get(message.migration_id)
-        if move is not None:
+        if move is not None and move.machine.allows(HomeEvent.CANCEL):
             detail = f"{message.error_type}: {message.message}"
             self.cancel(move, "refused", detail, tell=False)
 
@@ -276,36 +263,82 @@ class Source:
                     machine=move.machine,
                     confirmed_at=time.monotonic(),
                 ),
-                message.facts,
+                message,
             )
         else:
             move.machine.fire(HomeEvent.INSERTED_GUEST)
             self._handed_over(move.stream_id)
 
+    def proven(self, message: MigrationMessage) -> None:
+        """Take a later move's message for the ``Inserted`` of ours that is still on its way.
+
+        A target that hands the request on at once, and the host after it, may be heard sooner
+        than the target itself.
+        """
+        for move in list(self.moves.values()):
+            if (
+                message.stream_id == move.stream_id
+                and message.migration_id != move.migration_id
+                and move.home == self._links.peer
+                and move.machine.state is Home.COMMITTED
+            ):
+                self.on_inserted(
+                    Inserted(
+                        **move.address,
+                        host=move.target,
+                        facts=move.facts(),
+                        moves=getattr(move.req, MOVES, 0) + 1,
+                    )
+                )
+
     def on_lost(self, peer: Peer, why: str) -> None:
         """A target is gone: its moves end, the requests go on here."""
         for move in [m for m in self.moves.values() if m.target == peer]:
-            self.cancel(move, "failed", f"target {peer.instance_id}: {why}", tell=False)
+            if move.machine.allows(HomeEvent.CANCEL):
+                detail = f"target {peer.instance_id}: {why}"
+                self.cancel(move, "failed", detail, tell=False)
 
     # ------------------------------------------------------------------ endings
 
     def cancel(self, move: Move, outcome: str, detail: str, *, tell: bool = True) -> None:
-        """End a move; the request goes on decoding here."""
-        off_batch = move.off_batch
-        self._end(move, HomeEvent.CANCEL, outcome, detail, tell=tell)
-        if off_batch:
-            batch.unpark(self._scheduler, move.req, getattr(move.req, batch.PENALTY_LOG, ()))
+        """End a move; the request goes on decoding here, from the next step boundary at the latest.
+
+        Raises:
+            IllegalTransition: the move has ended already.
+        """
+        move.machine.fire(HomeEvent.CANCEL)
+        self._close(move, outcome, detail, tell=tell)
+        if move.machine.state is Home.RESUMING:
+            self._resume(move)
+        else:
+            del self.moves[move.migration_id]
 
     def abort(self, move: Move, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
-        self._end(move, HomeEvent.ABORT, "cancelled", detail)
+        closed = move.machine.state is Home.RESUMING
+        move.machine.fire(HomeEvent.ABORT)
+        del self.moves[move.migration_id]
+        if not closed:
+            self._close(move, "cancelled", detail)
         self._pages.release(move.req, keep_prefix=True)
 
-    def _end(
-        self, move: Move, event: HomeEvent, outcome: str, detail: str, *, tell: bool = True
-    ) -> None:
-        move.machine.fire(event)
+    def _finished(self, move: Move) -> None:
+        """The request ended here, with the step that was in flight or while it decoded."""
+        closed = move.machine.state is Home.RESUMING
+        move.machine.fire(HomeEvent.FINISH)
         del self.moves[move.migration_id]
+        if not closed:
+            self._close(move, "cancelled", "the request finished first")
+
+    def _resume(self, move: Move) -> None:
+        """Put the request back into the batch, unless its last step's result is still to come."""
+        if batch.is_settled(move.req):
+            move.machine.fire(HomeEvent.RESUME)
+            del self.moves[move.migration_id]
+            batch.unpark(self._scheduler, move.req, getattr(move.req, batch.PENALTY_LOG, ()))
+
+    def _close(self, move: Move, outcome: str, detail: str, *, tell: bool = True) -> None:
+        """Tell target and log how the move ended."""
         move.carrier.close()
         if tell:
             self._send(Release(**move.address, reason=detail), move)

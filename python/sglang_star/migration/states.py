@@ -3,8 +3,11 @@
 A request's *stream* has one owner at any time. The source side of a move runs
 ``RUNNING -> RESERVING -> COPYING -> PARKED -> COMMITTED`` and then hands over; the home keeps a
 ``SHADOW`` until the stream ends; the target runs
-``RESERVED -> RECEIVING -> INSERTED -> RUNNING``. Every transition is fired by exactly one owner,
-named in ``OWNER``; anything not in the tables is a defect and raises.
+``RESERVED -> RECEIVING -> INSERTED -> RUNNING``. A request that is taken out of the batch before
+the target has answered is ``HELD`` meanwhile and goes from there to ``PARKED``. One whose move
+ends while it is out of the batch is ``RESUMING`` until its last step's result is in, and runs on.
+Every transition is fired by exactly one owner, named in ``OWNER``; anything not in the tables is a
+defect and raises.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ class Home(enum.Enum):
     RUNNING = "running"
     RESERVING = "reserving"
     COPYING = "copying"
+    HELD = "held"
     PARKED = "parked"
     COMMITTED = "committed"
+    RESUMING = "resuming"
     SHADOW = "shadow"
     HANDED_OVER = "handed_over"
     FINISHED = "finished"
@@ -31,7 +36,7 @@ class Home(enum.Enum):
 
 
 class HomeEvent(enum.Enum):
-    """What moves a :class:`Home` machine."""
+    """What moves a :class:`Home` machine; ``PARK`` is the request leaving the batch."""
 
     ORDER = "order"
     RESERVED = "reserved"
@@ -40,6 +45,7 @@ class HomeEvent(enum.Enum):
     INSERTED_OWN = "inserted, stream is ours"
     INSERTED_GUEST = "inserted, stream belongs to another home"
     CANCEL = "cancel"
+    RESUME = "resume"
     RETURN = "returned home"
     FINISH = "finish"
     ABORT = "abort"
@@ -72,9 +78,14 @@ class TargetEvent(enum.Enum):
 
 
 _H, _E = Home, HomeEvent
+OFF_BATCH: Final = frozenset({_H.HELD, _H.PARKED, _H.COMMITTED, _H.RESUMING})
+"""States in which the request does not decode, and its KV is still held where it was."""
+
 HOME_TRANSITIONS: Final[dict[tuple[Home, HomeEvent], Home]] = {
     (_H.RUNNING, _E.ORDER): _H.RESERVING,
     (_H.RESERVING, _E.RESERVED): _H.COPYING,
+    (_H.RESERVING, _E.PARK): _H.HELD,
+    (_H.HELD, _E.RESERVED): _H.PARKED,
     (_H.COPYING, _E.PARK): _H.PARKED,
     (_H.PARKED, _E.COMMIT): _H.COMMITTED,
     (_H.COMMITTED, _E.INSERTED_OWN): _H.SHADOW,
@@ -83,17 +94,17 @@ HOME_TRANSITIONS: Final[dict[tuple[Home, HomeEvent], Home]] = {
     (_H.SHADOW, _E.FINISH): _H.FINISHED,
     (_H.SHADOW, _E.ABORT): _H.ABORTED,
     (_H.SHADOW, _E.RECLAIM): _H.RECLAIMED,
-    **{
-        (state, _E.CANCEL): _H.RUNNING
-        for state in (_H.RESERVING, _H.COPYING, _H.PARKED, _H.COMMITTED)
-    },
+    (_H.RESUMING, _E.RESUME): _H.RUNNING,
+    **{(state, _E.CANCEL): _H.RUNNING for state in (_H.RESERVING, _H.COPYING)},
+    **{(state, _E.CANCEL): _H.RESUMING for state in OFF_BATCH - {_H.RESUMING}},
+    # The step in flight when a request leaves the batch may be its last; after the commit none is.
     **{
         (state, _E.FINISH): _H.FINISHED
-        for state in (_H.RUNNING, _H.RESERVING, _H.COPYING, _H.PARKED)
+        for state in (_H.RUNNING, _H.RESERVING, _H.COPYING, _H.HELD, _H.PARKED, _H.RESUMING)
     },
     **{
         (state, _E.ABORT): _H.ABORTED
-        for state in (_H.RUNNING, _H.RESERVING, _H.COPYING, _H.PARKED, _H.COMMITTED)
+        for state in OFF_BATCH | {_H.RUNNING, _H.RESERVING, _H.COPYING}
     },
 }
 
@@ -104,7 +115,7 @@ TARGET_TRANSITIONS: Final[dict[tuple[Target, TargetEvent], Target]] = {
     (_T.RECEIVING, _F.COMMIT): _T.INSERTED,
     (_T.INSERTED, _F.DECODED): _T.RUNNING,
     (_T.RUNNING, _F.DECODED): _T.RUNNING,
-    (_T.RUNNING, _F.MOVE_ON): _T.MOVED_ON,
+    **{(state, _F.MOVE_ON): _T.MOVED_ON for state in (_T.INSERTED, _T.RUNNING)},
     **{(state, _F.FINISH): _T.FINISHED for state in (_T.INSERTED, _T.RUNNING)},
     **{
         (state, _F.ABORT): _T.ABORTED
@@ -120,8 +131,10 @@ OWNER: Final[dict[Home | Target, str]] = {
     _H.RUNNING: "scheduler",
     _H.RESERVING: "source",
     _H.COPYING: "source",
+    _H.HELD: "source",
     _H.PARKED: "source",
     _H.COMMITTED: "source",
+    _H.RESUMING: "source",
     _H.SHADOW: "relay",
     _H.HANDED_OVER: "nobody",
     _H.FINISHED: "nobody",

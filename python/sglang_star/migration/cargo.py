@@ -1,0 +1,77 @@
+"""What a move carries: KV into the carrier's slots piece by piece, and at the end the state."""
+
+from __future__ import annotations
+
+from sglang_star.migration import batch
+from sglang_star.migration.links import Links
+from sglang_star.migration.move import Move
+from sglang_star.migration.pages import KvPages
+from sglang_star.migration.states import HomeEvent
+from sglang_star.predictor.state import export_state
+from sglang_star.protocol import Commit, MigrationMessage, PagesReady, Parked
+
+
+class Cargo:
+    """Loads the outgoing moves of this instance."""
+
+    def __init__(self, pages: KvPages, links: Links) -> None:
+        self._pages = pages
+        self._links = links
+        # No more than this is a last bit, not worth another step of waiting.
+        self._small = max(pages.page_size, 2)
+
+    def load(self, move: Move, budget: int) -> int:
+        """Gather what is complete into free slots and return how many tokens that were.
+
+        At most ``budget`` tokens, to the end of a slot; the last bit of a request that is out of
+        the batch goes in any case, since its client waits for it.
+        """
+        ready = self._ready(move)
+        loaded = 0
+        while move.free_slots and move.sent < ready:
+            last_bit = move.off_batch and ready - move.sent <= self._small
+            if loaded >= budget and not last_bit:
+                break
+            end = min(ready, move.sent + move.slot_tokens)
+            loaded += end - move.sent
+            slot = move.free_slots.pop()
+            self._pages.gather(move.req, move.sent, end, move.carrier.slot(slot))
+            self._send(PagesReady(**move.address, start=move.sent, end=end, slot=slot), move)
+            move.sent = end
+        return loaded
+
+    def nearly_all(self, move: Move) -> bool:
+        """Whether what the request decodes is all that is left to gather."""
+        return self._ready(move) - move.sent < self._small
+
+    def seal(self, move: Move) -> None:
+        """Of a parked request: announce the commit, and send it once all KV is gathered."""
+        req = move.req
+        length = batch.completed_tokens(req)
+        if length - move.sent <= self._small and not move.announced:
+            move.announced = True
+            self._send(Parked(**move.address, step_ms=move.step_ms), move)
+        if move.sent < length or not batch.is_settled(req):
+            return
+        move.machine.fire(HomeEvent.COMMIT)
+        self._send(
+            Commit(
+                **move.address,
+                committed_tokens=length,
+                output_ids=tuple(req.output_ids),
+                penalty_log=tuple(getattr(req, batch.PENALTY_LOG, ())),
+                predictor=export_state(req),
+                facts=move.facts(),
+            ),
+            move,
+        )
+
+    def _ready(self, move: Move) -> int:
+        """Positions whose KV can be gathered: of a request that goes on growing, whole pages."""
+        complete = batch.completed_tokens(move.req)
+        if move.off_batch and batch.is_settled(move.req):
+            return complete
+        return complete // self._pages.page_size * self._pages.page_size
+
+    def _send(self, message: MigrationMessage, move: Move) -> None:
+        self._links.send(move.target, message)
