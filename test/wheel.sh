@@ -295,7 +295,7 @@ engine_part() {
     }
     port=$(free_port)
     start "$work/engine.log" "$venv/bin/python" -m sglang.launch_server --model-path "$model" \
-        --port "$port" --max-total-tokens 4096 --sleep-on-idle --star
+        --port "$port" --max-total-tokens 4096 --sleep-on-idle --star --star-predictor off
     answers "$port" /health 200 '' 600 || {
         tail -n 40 -- "$work/engine.log" >&2
         die "the engine does not come up"
