@@ -158,13 +158,14 @@ def test_metrics_parse_and_dashboard_is_self_contained():
         engine = FakeEngine()
         async with fleet(engine) as running:
             await running.post("/generate", {"text": "a"})
-            await running.publish(engine, request_status("r1"))
+            await running.publish(engine, request_status("r1"), retractions=3)
             text = (await running.get("/metrics"))[1].decode()
             families = {f.name: f for f in text_string_to_metric_families(text)}
             assert all(name.startswith("star_router_") for name in families)
             (sample,) = families["star_router_kv_used_tokens"].samples
             assert sample.labels == {"instance": engine.name}
             assert sample.value == 110
+            assert [s.value for s in families["star_router_retractions"].samples] == [3]
             served = families["star_router_requests"].samples
             assert {(s.labels["path"], s.labels["status"]) for s in served} == {
                 ("/generate", "200")
