@@ -6,6 +6,7 @@ configured that could not be typed: every process is an ordinary command line wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import urllib.request
@@ -23,6 +24,7 @@ from sglang_star.cluster_layout import (
     router_command,
 )
 from sglang_star.errors import SetupError
+from sglang_star.forkserver import ForkServer, forkable
 from sglang_star.machine import free_ports, port_is_free, require_memory
 from sglang_star.process import ServerProcess, wait_healthy
 
@@ -34,12 +36,15 @@ class Cluster:
     """A running cluster; use it as a context manager, so that it ends with the block.
 
     Attributes:
+        forks: what engines are forked from; without one the cluster makes its own for the time of
+            its start, where that is possible.
         url: the router's address, once started; engines: where the engines are.
     """
 
     spec: ClusterSpec
     logs: Path
     report: Report = print
+    forks: ForkServer | None = None
     url: str = ""
     engines: tuple[Engine, ...] = ()
     _processes: list[ServerProcess] = field(default_factory=list)
@@ -112,29 +117,55 @@ class Cluster:
         port = spec.port or free_ports(1, spec.host)[0]
         began = time.monotonic()
         self.report(f"starting {len(self.engines)} engines with {spec.model}")
-        for engine in self.engines:
-            self._launch(engine.name, engine.command, engine.url, CPU_ENVIRONMENT)
-        self._start_router(spec, port)
-        self._wait(self._processes, began)
+        with contextlib.ExitStack() as stack:
+            forks = self.forks or self._fork_server(stack)
+            for engine in self.engines:
+                self._launch(engine.name, engine.command, engine.url, CPU_ENVIRONMENT, forks)
+            self._start_router(spec, port)
+            self._wait(self._processes, began, forks)
+
+    def _fork_server(self, stack: contextlib.ExitStack) -> ForkServer | None:
+        """Start a fork server of our own, if these engines can be forks."""
+        if not all(forkable(engine.command) for engine in self.engines):
+            return None
+        return stack.enter_context(
+            ForkServer(self.logs / "imports.log", CPU_ENVIRONMENT, star=self.spec.star)
+        )
 
     def _start_router(self, spec: ClusterSpec, port: int) -> None:
         self.url = f"http://{spec.host}:{port}"
         self._launch("router", router_command(spec, self.engines, port), self.url, {})
 
     def _launch(
-        self, name: str, command: tuple[str, ...], url: str, environment: dict[str, str]
+        self,
+        name: str,
+        command: tuple[str, ...],
+        url: str,
+        environment: dict[str, str],
+        forks: ForkServer | None = None,
     ) -> None:
         self._processes.append(
             ServerProcess(
-                name, command, url=url, log=self.logs / f"{name}.log", environment=environment
+                name,
+                command,
+                url=url,
+                log=self.logs / f"{name}.log",
+                environment=environment,
+                forks=forks,
             )
         )
 
-    def _wait(self, processes: list[ServerProcess], began: float) -> None:
+    def _wait(
+        self, processes: list[ServerProcess], began: float, forks: ForkServer | None = None
+    ) -> None:
+        def tell() -> None:
+            if forks and (took := forks.imported_after()):
+                self.report(f"SGLang is imported, once for all, after {took:.0f} s")
+
         waiting = list(processes)
         while waiting:
             left = self.spec.start_timeout_s - (time.monotonic() - began)
-            for process in wait_healthy(waiting, left):
+            for process in wait_healthy(waiting, left, tell):
                 waiting.remove(process)
                 self.report(f"{process.name} is ready after {time.monotonic() - began:.0f} s")
             self.check()

@@ -6,8 +6,8 @@ would corrupt streams rather than fail.
 
 Rows are applied by scope: ``LAUNCHER`` in every process that parses arguments, ``SERVER`` in the
 process that serves HTTP and only with ``--star``, ``SCHEDULER_ENTRY`` wherever SGLang has loaded
-its scheduler, ``SCHEDULER`` from there and only with ``--star``, and ``CPU`` in the scheduler
-when the portable CPU platform is active.
+its scheduler, ``SCHEDULER`` from there and only with ``--star``, ``CPU`` in the scheduler
+when the portable CPU platform is active, and ``FORKED`` in an engine that our fork server made.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Scope(enum.Enum):
     SCHEDULER_ENTRY = "scheduler entry"
     SCHEDULER = "scheduler"
     CPU = "portable cpu platform"
+    FORKED = "forked engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,16 +242,34 @@ HOOKS: tuple[Hook, ...] = (
     Hook(Scope.CPU, _NIXL + "prep_xfer_dlist", "before", _HOST + "prep_xfer_dlist", "as above"),
     Hook(
         Scope.CPU,
+        "nixl._api.nixlBind.nixlAgentConfig",
+        "replace",
+        _HOST + "AgentConfig",
+        "NIXL's progress thread pauses between two looks instead of spinning on a core",
+    ),
+    Hook(
+        Scope.CPU,
         _S + "maybe_send_cached_prefix_chunk",
         "around",
         _HOST + "maybe_send_cached_prefix_chunk",
         "an optional early send that records a CUDA event",
     ),
+    Hook(
+        Scope.FORKED,
+        "sglang.srt.entrypoints.engine._set_envs_and_config",
+        "after",
+        "sglang_star.platform.preloaded:fork_processes",
+        "scheduler and detokenizer are forks of an engine that has everything imported",
+    ),
 )
 
 
+_registered: set[Hook] = set()
+"""Rows this process has, or had when it was forked."""
+
+
 def install(*scopes: Scope) -> None:
-    """Register, apply and verify all rows of the given scopes in this process.
+    """Register, apply and verify all rows of the given scopes in this process, once.
 
     Raises:
         HookError: naming the row that did not take effect.
@@ -259,7 +278,7 @@ def install(*scopes: Scope) -> None:
 
     installed: list[tuple[Hook, Callable[..., Any]]] = []
     for hook in HOOKS:
-        if hook.scope not in scopes:
+        if hook.scope not in scopes or hook in _registered:
             continue
         module, _, name = hook.function.partition(":")
         try:
@@ -267,6 +286,7 @@ def install(*scopes: Scope) -> None:
         except (ImportError, AttributeError) as error:
             raise HookError(f"STAR cannot load its hook {hook.function}: {error}") from error
         HookRegistry.register(hook.target, function, HookType(hook.kind))
+        _registered.add(hook)
         installed.append((hook, function))
     HookRegistry.apply_hooks()
     for hook, function in installed:
@@ -303,6 +323,8 @@ def _is_attached(target: str, function: Callable[..., Any]) -> bool:
         return False
     current = getattr(current, "__func__", current)
     while current is not None:
+        if current is function:  # a class in place of another
+            return True
         for cell in getattr(current, "__closure__", None) or ():
             if cell.cell_contents is function:
                 return True

@@ -8,18 +8,65 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from sglang_star.errors import SetupError
+from sglang_star.forkserver import ForkServer
 
 GRACE_S: Final = 5.0
 """Time between SIGTERM and SIGKILL."""
 
 
+class Supervisor(Protocol):
+    """Whoever sees to the end of a server's process group."""
+
+    def poll(self) -> int | None:
+        """The server's exit status once nothing of it is left; None before."""
+
+    def ask_to_stop(self) -> None:
+        """Begin ending the process group; returns at once."""
+
+    def wait(self) -> int:
+        """Wait for the exit status."""
+
+
+class Spawned:
+    """A command started by :mod:`sglang_star.supervise`."""
+
+    def __init__(
+        self, command: Sequence[str], log: Path, grace_s: float, environment: Mapping[str, str]
+    ) -> None:
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sglang_star.supervise", str(grace_s), *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **environment},
+            )
+
+    def poll(self) -> int | None:
+        """See :class:`Supervisor`."""
+        return self._process.poll()
+
+    def ask_to_stop(self) -> None:
+        """See :class:`Supervisor`."""
+        if self._process.stdin and not self._process.stdin.closed:
+            self._process.stdin.close()
+
+    def wait(self) -> int:
+        """See :class:`Supervisor`."""
+        return self._process.wait()
+
+
 class ServerProcess:
     """One server, its process group and its log file.
+
+    With ``forks``, a command that can be a fork of that server is one, and ``environment`` is that
+    server's.
 
     Attributes:
         name: what messages call it.
@@ -35,20 +82,17 @@ class ServerProcess:
         url: str,
         log: Path,
         environment: Mapping[str, str] | None = None,
+        forks: ForkServer | None = None,
     ) -> None:
         self.name = name
         self.url = url
         self.log = log
         self._stopping = False
-        with log.open("wb") as output:
-            self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", "sglang_star.supervise", str(GRACE_S), *command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **(environment or {})},
-            )
+        self._supervisor: Supervisor = (
+            forks.start(command, log, GRACE_S)
+            if forks is not None and forks.suits(command)
+            else Spawned(command, log, GRACE_S, environment or {})
+        )
 
     @property
     def alive(self) -> bool:
@@ -86,8 +130,7 @@ class ServerProcess:
     def ask_to_stop(self) -> None:
         """Begin ending the process group; returns at once."""
         self._stopping = True
-        if self._supervisor.stdin and not self._supervisor.stdin.closed:
-            self._supervisor.stdin.close()
+        self._supervisor.ask_to_stop()
 
     def stop(self) -> None:
         """End the process group and wait until nothing of it is left."""
@@ -95,14 +138,21 @@ class ServerProcess:
         self._supervisor.wait()
 
 
-def wait_healthy(processes: Sequence[ServerProcess], timeout_s: float) -> list[ServerProcess]:
+def wait_healthy(
+    processes: Sequence[ServerProcess],
+    timeout_s: float,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[ServerProcess]:
     """Wait until one or more of ``processes`` are healthy and return those.
+
+    ``meanwhile`` is called between two looks.
 
     Raises:
         SetupError: one of them ended, or none became healthy within ``timeout_s`` seconds.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
+        meanwhile()
         for process in processes:
             process.check()
         if ready := [process for process in processes if process.healthy()]:

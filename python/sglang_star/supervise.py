@@ -6,6 +6,9 @@ COMMAND gets a SIGTERM and GRACE_S seconds to end itself and its children in goo
 has ended, or has not in time, the rest of its process group is killed, and this process exits
 with COMMAND's status. Standard library only: it starts in milliseconds and
 stays small.
+
+Who forks engines instead of starting commands does the same with :func:`begin`, :func:`guard` and
+:func:`default_signals`.
 """
 
 from __future__ import annotations
@@ -19,26 +22,46 @@ import subprocess
 import sys
 import time
 
+_OWNERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main() -> int:
     """Supervise; return the command's exit status, 128 + N if signal N ended it."""
     grace_s, command = float(sys.argv[1]), sys.argv[2:]
+    begin()
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=default_signals
+    )
+    return guard(child.pid, sys.stdin.fileno(), grace_s)
+
+
+def begin() -> None:
+    """Prepare this process to supervise; call before the child starts."""
     # The terminal's Ctrl-C and a service manager's stop reach the owner, who then tells us.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _OWNERS:
         signal.signal(number, signal.SIG_IGN)
     _adopt_orphans()
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
-    )
-    group = child.pid
+
+
+def guard(group: int, owner: int, grace_s: float) -> int:
+    """Wait for the child ``group``, a session leader, and end its whole group.
+
+    Args:
+        group: process id of the child.
+        owner: descriptor that becomes readable, or reaches its end, when the child is to end.
+        grace_s: seconds between SIGTERM and SIGKILL.
+
+    Returns:
+        The child's exit status, 128 + N if signal N ended it.
+    """
     with selectors.DefaultSelector() as selector:
         ended = os.pidfd_open(group)
         selector.register(ended, selectors.EVENT_READ)
-        selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
+        selector.register(owner, selectors.EVENT_READ)
         selector.select()
         # Only the leader is asked: servers take the end of a child for a crash and dwell on it.
         signal.pidfd_send_signal(ended, signal.SIGTERM)
-        selector.unregister(sys.stdin.fileno())
+        selector.unregister(owner)
         selector.select(grace_s)
     status = -1
     while _kill(group):
@@ -46,6 +69,12 @@ def main() -> int:
         status = _reap(group, status)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def default_signals() -> None:
+    """Undo :func:`begin` in the child: it answers signals as any program does."""
+    for number in _OWNERS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _adopt_orphans() -> None:
@@ -64,11 +93,6 @@ def _reap(group: int, status: int) -> int:
             if pid == group:
                 status = its_status
     return status
-
-
-def _default_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _kill(group: int) -> bool:

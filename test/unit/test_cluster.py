@@ -39,6 +39,14 @@ SERVER = textwrap.dedent("""
     server.serve_forever()
 """)
 
+# Fails once the engines are up, whose pids a test wants to see gone.
+BROKEN_ROUTER = textwrap.dedent("""
+    import os, sys, time
+    while not all(map(os.path.exists, sys.argv[1:])):
+        time.sleep(0.01)
+    raise SystemExit("no such rescheduler")
+""")
+
 
 def running(pid: int) -> bool:
     try:
@@ -241,7 +249,8 @@ def fake_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def router_command(spec: ClusterSpec, members: object, port: int) -> tuple[str, ...]:
         if spec.rescheduler == "broken":
-            return (sys.executable, "-c", "raise SystemExit('no such rescheduler')")
+            engines = [str(tmp_path / f"aggregated-{number}.pids") for number in (0, 1)]
+            return (sys.executable, "-c", BROKEN_ROUTER, *engines)
         return tuple(command(tmp_path / "router.pids", port))
 
     monkeypatch.setattr(cluster_layout, "engine_command", engine_command)

@@ -38,6 +38,9 @@ case $* in
     cp -- "$FAKE_UV" "${0%/*}/uv" ;;
 "-m pip config get global.index-url") [ -z "${FAKE_INDEX-}" ] || echo "$FAKE_INDEX" ;;
 "-m pip"*) exit 1 ;;
+"-m sglang_star.platform.preloaded")
+    echo "compile" >>"$CALLS"
+    [ -z "${FAKE_COMPILE_ERROR-}" ] || { echo "$FAKE_COMPILE_ERROR" >&2; exit 1; } ;;
 "-m sglang_star.cli"*) shift 2; echo "cli in $(pwd) with $#: $*" ;;
 esac
 """
@@ -126,7 +129,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-FRESH = ["venv", "pip", "sync", "self"]
+FRESH = ["venv", "pip", "sync", "self", "compile"]
 
 
 def test_first_call_sets_up_and_runs_where_the_user_is(checkout: Checkout) -> None:
@@ -154,7 +157,7 @@ def test_changed_pins_renew_the_environment(checkout: Checkout, name: str) -> No
     with (checkout.home / name).open("a") as pins:
         pins.write("# another\n")
     assert checkout.star("test").returncode == 0
-    assert checkout.calls() == ["sync", "self"]
+    assert checkout.calls() == ["sync", "self", "compile"]
 
 
 def test_a_moved_checkout_is_linked_again(checkout: Checkout, tmp_path: Path) -> None:
@@ -163,7 +166,7 @@ def test_a_moved_checkout_is_linked_again(checkout: Checkout, tmp_path: Path) ->
     checkout.home.rename(tmp_path / "elsewhere")
     checkout.home.symlink_to(tmp_path / "elsewhere")
     assert checkout.star("test").returncode == 0
-    assert checkout.calls() == ["sync", "self"]
+    assert checkout.calls() == ["sync", "self", "compile"]
 
 
 def test_symlinked_star_finds_its_checkout(checkout: Checkout) -> None:
@@ -220,7 +223,14 @@ def test_failures_say_why_and_the_next_call_recovers(
     assert said in done.stderr
     assert done.stdout == ""
     assert checkout.star("demo").returncode == 0
-    assert checkout.calls()[-1] == "self"
+    assert checkout.calls()[-2:] == ["self", "compile"]
+
+
+def test_what_cannot_be_compiled_now_is_compiled_at_the_first_start(checkout: Checkout) -> None:
+    done = checkout.star("router", FAKE_COMPILE_ERROR="Killed")
+    assert done.returncode == 0
+    assert "the first start will take longer" in done.stderr
+    assert checkout.star("router").stderr == ""
 
 
 def test_interrupted_set_up_goes_on(checkout: Checkout) -> None:
@@ -236,7 +246,7 @@ def test_interrupted_set_up_goes_on(checkout: Checkout) -> None:
     checkout.calls()
     done = checkout.star("demo")
     assert done.returncode == 0
-    assert checkout.calls() == ["sync", "self"]
+    assert checkout.calls() == ["sync", "self", "compile"]
 
 
 def test_concurrent_calls_set_up_once(checkout: Checkout) -> None:

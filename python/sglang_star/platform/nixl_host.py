@@ -1,12 +1,19 @@
 """NIXL on host memory, so that prefill/decode disaggregation runs without a GPU.
 
 SGLang names its KV memory ``VRAM``; on the portable CPU platform it is ordinary memory, which
-UCX moves just as well once it is called ``DRAM``.
+UCX moves just as well once it is called ``DRAM``. A machine without a GPU has no core to spare for
+a thread that spins, either.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+import nixl._api
+
+PROGRESS_DELAY_US: Final = 1000
+"""Pause of NIXL's progress thread between two looks. It adds so much at most to a KV transfer from
+prefill to decode; NIXL's own 0 keeps one core per agent busy, also when nothing is transferred."""
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,6 +41,14 @@ def prep_xfer_dlist(
 
 def maybe_send_cached_prefix_chunk(original: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND ``Scheduler.maybe_send_cached_prefix_chunk``: the regular send covers the prefix."""
+
+
+class AgentConfig(nixl._api.nixlBind.nixlAgentConfig):
+    """REPLACES the configuration that ``nixl_agent`` fills in, with the delay fixed at 0 there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; a progress thread is never told to spin."""
+        super().__setattr__(name, PROGRESS_DELAY_US if name == "pthrDelay" else value)
 
 
 def _host(mem_type: str | None) -> str | None:
