@@ -186,7 +186,8 @@ PYTHON
 clean() { # clean VENV
     quietly "creating an environment" "$base" -m venv "$1"
     cd -- "$work"
-    unset PYTHONPATH PYTHONHOME
+    # Without cached bytecode every process of an engine compiles SGLang again.
+    unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 }
 
 # --------------------------------------------------------------------------- the router alone
