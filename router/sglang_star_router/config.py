@@ -149,6 +149,12 @@ _SECONDS = {
 }  # fmt: skip
 
 
+_METAVARS: dict[str | type, str] = {
+    "host": "ADDRESS", "port": "PORT", "api_key": "KEY", "max_payload_bytes": "BYTES",
+    "policy": "NAME", "prefill_policy": "NAME", "max_moves_per_second": "N", int: "N", float: "S",
+}  # fmt: skip
+
+
 def _flag(name: str) -> str:
     if name == "max_payload_bytes":
         return "--max-payload-size"
@@ -166,6 +172,8 @@ def build_parser() -> argparse.ArgumentParser:
     def option(group: Any, name: str, text: str, **kwargs: Any) -> None:
         default = RouterConfig.__dataclass_fields__[name].default
         kwargs.setdefault("type", type(default))
+        if "choices" not in kwargs:
+            kwargs.setdefault("metavar", _METAVARS.get(name) or _METAVARS[kwargs["type"]])
         group.add_argument(
             _flag(name), dest=name, default=default, help=f"{text} [{default}]", **kwargs
         )
@@ -194,11 +202,12 @@ def build_parser() -> argparse.ArgumentParser:
     option(server, "log_level", "Verbosity.", choices=LOG_LEVELS)
 
     dispatch = parser.add_argument_group("dispatch")
-    option(dispatch, "policy", "Chooses the decode or aggregated instance.",
-           type=_policy_name)  # fmt: skip
-    dispatch.add_argument("--decode-policy", type=_policy_name, default=None,
+    option(dispatch, "policy", "Chooses the decode or aggregated instance: "
+           f"{', '.join(DISPATCH_NAMES)}.", type=_policy_name)  # fmt: skip
+    dispatch.add_argument("--decode-policy", type=_policy_name, default=None, metavar="NAME",
                           help="The same; wins over --policy.")  # fmt: skip
-    option(dispatch, "prefill_policy", "Chooses the prefill instance.", type=_policy_name)
+    option(dispatch, "prefill_policy", "Chooses the prefill instance; the same names.",
+           type=_policy_name)  # fmt: skip
     dispatch.add_argument("--no-calibrate", dest="calibrate", action="store_false",
                           help="Take estimates as given, whatever became of others.")  # fmt: skip
     dispatch.add_argument("--policy-param", action="append", default=[], metavar="NAME=VALUE",
@@ -310,6 +319,7 @@ def _params(flag: str, given: list[str]) -> dict[str, float | int | bool]:
 
 def configure_logging(level: str) -> None:
     """Log to standard error, one line per event."""
+    # ``star router`` comes through a command line that has set logging up for its own messages.
     logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )

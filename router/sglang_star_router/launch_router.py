@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -43,14 +45,19 @@ async def serve(router: Router, *, ready: asyncio.Event | None = None) -> None:
         try:
             await web.TCPSite(runner, config.host, config.port, backlog=BACKLOG).start()
         except OSError as error:
+            hint = "another program may use the port: choose another with --port"
+            if error.errno != errno.EADDRINUSE:
+                hint = "--host must be an address of this machine; ports below 1024 are root's"
+            # asyncio's own text repeats the address; the number alone says what is wrong.
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
             raise SetupError(
-                f"cannot listen on {config.host}:{config.port}: {error.strerror or error}",
-                hint="another program may use the port: choose another with --port",
+                f"cannot listen on {config.host}:{config.port}: {why}", hint=hint
             ) from error
-        logger.info("listening on http://%s:%d", config.host, config.port)
         stop = asyncio.Event()
+        # Before it says that it listens: whoever reads that may end it at once.
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        logger.info("listening on http://%s:%d", config.host, config.port)
         if ready is not None:
             ready.set()
         await stop.wait()

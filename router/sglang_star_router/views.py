@@ -113,6 +113,9 @@ def fleet_metrics(
     yield status("running_requests", "Requests decoding.", "running")
     yield status("queued_requests", "Requests waiting in the engine.", "queued")
     yield status("step_milliseconds", "Decode step time, exponential mean.", "step_ms_ema")
+    yield counter("retractions", "Requests taken out of the batch because KV was full.",
+                  [((m.name,), m.status.retractions) for m in members if m.status],
+                  ("instance",))  # fmt: skip
     yield counter("predictor_fallbacks", "Estimates read from the by-age table.",
                   [((m.name,), m.status.predictor_fallbacks) for m in members if m.status],
                   ("instance",))  # fmt: skip

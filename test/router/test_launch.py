@@ -103,6 +103,32 @@ def test_port_in_use_is_named():
     assert "Traceback" not in ended.stderr
 
 
+def test_a_host_that_is_not_this_machine_is_named(capsys):
+    assert main(["--worker-urls", URL, "--host", "nowhere.invalid"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot listen on nowhere.invalid:30000" in said
+    assert "--host" in said
+
+
+def test_star_router_says_where_it_listens():
+    port = free_port()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "sglang_star.cli", "router", "--worker-urls", URL,
+         "--port", str(port)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert child.stderr is not None
+        said = next((line for line in child.stderr if "listening" in line), "")
+        assert said.endswith(f"listening on http://127.0.0.1:{port}\n")
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=30)
+        assert child.returncode == 0
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_process_serves_and_ends_on_sigterm_without_importing_torch_or_sglang():
     port = free_port()
     code = (
@@ -132,13 +158,14 @@ def test_metrics_parse_and_dashboard_is_self_contained():
         engine = FakeEngine()
         async with fleet(engine) as running:
             await running.post("/generate", {"text": "a"})
-            await running.publish(engine, request_status("r1"))
+            await running.publish(engine, request_status("r1"), retractions=3)
             text = (await running.get("/metrics"))[1].decode()
             families = {f.name: f for f in text_string_to_metric_families(text)}
             assert all(name.startswith("star_router_") for name in families)
             (sample,) = families["star_router_kv_used_tokens"].samples
             assert sample.labels == {"instance": engine.name}
             assert sample.value == 110
+            assert [s.value for s in families["star_router_retractions"].samples] == [3]
             served = families["star_router_requests"].samples
             assert {(s.labels["path"], s.labels["status"]) for s in served} == {
                 ("/generate", "200")
