@@ -9,7 +9,7 @@ import random
 import pytest
 
 from e2e.conftest import LAYOUTS
-from e2e.fleet import Fleet
+from e2e.fleet import Fleet, new_rid
 from sglang_star.cluster import Cluster
 
 pytestmark = [
@@ -22,10 +22,10 @@ LIMIT = 4000
 """Far off, so that it does not cut the estimates."""
 
 
-async def trail(fleet: Fleet, prompt: list[int]) -> dict[int, list[float]]:
+async def trail(fleet: Fleet, prompt: list[int], rid: str) -> dict[int, list[float]]:
     """P10, P50 and P90 by output tokens so far; leaves after :data:`TOKENS`."""
     params = {"temperature": 0, "max_new_tokens": LIMIT, "ignore_eos": True}
-    body = {"input_ids": prompt, "sampling_params": params, "stream": True}
+    body = {"input_ids": prompt, "sampling_params": params, "stream": True, "rid": rid}
     seen: dict[int, list[float]] = {}
     async with fleet.session.post(fleet.router + "/generate", json=body) as response:
         assert response.status == 200, await response.text()
@@ -44,11 +44,11 @@ def test_estimates_go_on_across_moves(cluster: Cluster) -> None:
         async with Fleet.connect(cluster) as fleet:
             prompt = [random.Random(4).randrange(3, 49152) for _ in range(40)]
             await fleet.settle()
-            still = await trail(fleet, prompt)
+            still = await trail(fleet, prompt, new_rid("still"))
             await fleet.settle()
-            async with fleet.moving(3):
-                moved = await trail(fleet, prompt)
-            assert fleet.moved
+            rid = new_rid("moved")
+            async with fleet.tour(rid, hops=fleet.hops(TOKENS)):
+                moved = await trail(fleet, prompt, rid)
             await fleet.settle()
             # A prefilled token reaches the decode instance without an estimate; chunks may merge.
             both = sorted(set(still) & set(moved))

@@ -295,8 +295,8 @@ class Source:
         """A target is gone: its moves end, the requests go on here."""
         for move in [m for m in self.moves.values() if m.target == peer]:
             if move.machine.allows(HomeEvent.CANCEL):
-                detail = f"target {peer.instance_id}: {why}"
-                self.cancel(move, "failed", detail, tell=False)
+                # It may be slow and not dead: then it need not keep the place it has for us.
+                self.cancel(move, "failed", f"target {peer.instance_id}: {why}")
 
     # ------------------------------------------------------------------ endings
 
