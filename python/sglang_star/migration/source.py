@@ -17,6 +17,7 @@ from sglang_star.migration import batch, codec
 from sglang_star.migration.links import Links
 from sglang_star.migration.move import SLOTS, Move
 from sglang_star.migration.pages import KvPages
+from sglang_star.migration.penalties import PENALTY_LOG
 from sglang_star.migration.relay import MOVES, Relay, Shadow
 from sglang_star.migration.report import MoveLog, clock
 from sglang_star.migration.states import Home, HomeEvent
@@ -228,7 +229,7 @@ class Source:
                 **move.address,
                 committed_tokens=length,
                 output_ids=tuple(req.output_ids),
-                penalty_log=tuple(getattr(req, batch.PENALTY_LOG, ())),
+                penalty_log=tuple(getattr(req, PENALTY_LOG, ())),
                 predictor=export_state(req),
                 facts=move.facts(),
             ),
@@ -294,7 +295,7 @@ class Source:
         off_batch = move.off_batch
         self._end(move, HomeEvent.CANCEL, outcome, detail, tell=tell)
         if off_batch:
-            batch.unpark(self._scheduler, move.req, getattr(move.req, batch.PENALTY_LOG, ()))
+            batch.unpark(self._scheduler, move.req, getattr(move.req, PENALTY_LOG, ()))
 
     def abort(self, move: Move, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
