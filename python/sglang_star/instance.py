@@ -16,7 +16,6 @@ from sglang_star.errors import StarError
 from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.arrival import Arrivals
-from sglang_star.migration.batch import PENALTY_LOG
 from sglang_star.migration.guests import Guests
 from sglang_star.migration.links import Links, Order, PeerLost
 from sglang_star.migration.outflow import Outflow
@@ -283,8 +282,6 @@ class Instance:
         """SGLang is about to queue ``req``; True if it is ours to keep."""
         if is_retracted:
             self._status.retractions += 1
-            # SGLang forgets accumulated penalties when it retracts; so must a later move.
-            req.__dict__.pop(PENALTY_LOG, None)
             return False
         return self._arrivals.rebuilt(req)
 

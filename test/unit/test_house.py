@@ -34,6 +34,7 @@ SGLANG_BORDER = {
     "sglang_star.migration.codec",
     "sglang_star.migration.guests",
     "sglang_star.migration.pages",
+    "sglang_star.migration.penalties",
     "sglang_star.migration.relay",
     "sglang_star.migration.source",
     "sglang_star.orders",

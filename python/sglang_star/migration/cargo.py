@@ -6,6 +6,7 @@ from sglang_star.migration import batch
 from sglang_star.migration.links import Links
 from sglang_star.migration.move import Move
 from sglang_star.migration.pages import KvPages
+from sglang_star.migration.penalties import PENALTY_LOG
 from sglang_star.migration.states import HomeEvent
 from sglang_star.predictor.state import export_state
 from sglang_star.protocol import Commit, MigrationMessage, PagesReady, Parked
@@ -59,7 +60,7 @@ class Cargo:
                 **move.address,
                 committed_tokens=length,
                 output_ids=tuple(req.output_ids),
-                penalty_log=tuple(getattr(req, batch.PENALTY_LOG, ())),
+                penalty_log=tuple(getattr(req, PENALTY_LOG, ())),
                 predictor=export_state(req),
                 facts=move.facts(),
             ),

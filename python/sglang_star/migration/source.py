@@ -20,6 +20,7 @@ from sglang_star.migration.cargo import Cargo
 from sglang_star.migration.links import Links
 from sglang_star.migration.move import SLOTS, Move
 from sglang_star.migration.pages import KvPages
+from sglang_star.migration.penalties import PENALTY_LOG
 from sglang_star.migration.relay import MOVES, Relay, Shadow
 from sglang_star.migration.report import MoveLog, clock
 from sglang_star.migration.states import Home, HomeEvent
@@ -335,7 +336,7 @@ class Source:
         if batch.is_settled(move.req):
             move.machine.fire(HomeEvent.RESUME)
             del self.moves[move.migration_id]
-            batch.unpark(self._scheduler, move.req, getattr(move.req, batch.PENALTY_LOG, ()))
+            batch.unpark(self._scheduler, move.req, getattr(move.req, PENALTY_LOG, ()))
 
     def _close(self, move: Move, outcome: str, detail: str, *, tell: bool = True) -> None:
         """Tell target and log how the move ended."""
