@@ -12,7 +12,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_star import __version__
 from sglang_star.config import StarConfig
-from sglang_star.errors import StarError
+from sglang_star.errors import IllegalTransition, OrderRefused, StarError
+from sglang_star.faults import Faults
 from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.arrival import Arrivals
@@ -80,6 +81,7 @@ class Instance:
             heartbeat_s=config.heartbeat_s,
             timeout_s=config.peer_timeout_s,
         )
+        self._faults = Faults()
         log = MoveLog()
         self._log = log
         self._timer = StepTimer()
@@ -110,6 +112,7 @@ class Instance:
             armed,
             self._timer,
         )
+        self._status.faults = self._faults.counts
         self._next_status = 0.0
         self._watched: frozenset[tuple[str, str]] = frozenset()
         self._orders = Orders(
@@ -155,16 +158,19 @@ class Instance:
         if self._guests.by_stream:
             self._await_commit()
         if self._source.moves:
-            self._source.step()
+            self._source.step(self._faults)
         if self._guests.by_stream:
-            self._arrivals.step()
-            self._guests.step()
-        self._orders.step()
-        self._relay.flush()
-        self._watch()
+            self._arrivals.step(self._faults)
+            self._guests.step(self._faults)
+        with self._faults.contained("orders"):
+            self._orders.step()
+        self._flush()
+        with self._faults.contained("heartbeats"):
+            self._watch()
         if time.monotonic() >= self._next_status:
             self._next_status = time.monotonic() + self._config.status_interval_ms / 1e3
-            self._links.publish(self._status.snapshot())
+            with self._faults.contained("the status"):
+                self._links.publish(self._status.snapshot())
 
     def _receive(self, *, urgent_only: bool = False) -> None:
         while (item := self._links.take(urgent_only=urgent_only)) is not None:
@@ -185,7 +191,7 @@ class Instance:
             if self._links.idle():
                 self._links.wait(POLL_S)
             self._receive()
-            self._relay.flush()
+            self._flush()
 
     def await_result(self, result: object) -> None:
         """Pass tokens on to our clients while the device works on ``result``."""
@@ -194,47 +200,79 @@ class Instance:
             if self._links.idle() or not self._links.urgent:
                 self._links.wait(POLL_S)
             self._receive(urgent_only=True)
-            self._relay.flush()
+            self._flush()
         device.settle(result)
 
+    def _flush(self) -> None:
+        # What does not get out now goes with the request's next tokens: SGLang keeps count.
+        with self._faults.contained("relayed tokens"):
+            self._relay.flush()
+
     def _handle(self, item: object) -> None:
-        try:
-            if self._source.moves and isinstance(item, MigrationMessage):
-                self._source.proven(item)
-            match item:
-                case TokenChunk():
-                    self._relay.on_chunk(item)
-                case PagesReady():
-                    self._arrivals.on_pages(item)
-                case Parked():
-                    self._arrivals.on_parked(item)
-                case PagesTaken():
-                    self._source.on_taken(item)
-                case Heartbeat():
-                    live = frozenset(item.live)
-                    self._relay.on_live(item.sender, live)
-                    self._guests.on_live(item.sender, live)
-                case Reserve():
-                    self._arrivals.on_reserve(item)
-                case Reserved():
-                    self._source.on_reserved(item)
-                case Refused():
-                    self._source.on_refused(item)
-                case Commit():
-                    self._arrivals.on_commit(item)
-                case Inserted():
-                    self._on_inserted(item)
-                case Release():
-                    self._guests.on_release(item)
-                case PeerLost():
-                    logger.warning("STAR lost %s: %s", item.peer.instance_id, item.why)
-                    self._source.on_lost(item.peer, item.why)
-                    self._guests.on_lost(item.peer, item.why)
-                    self._relay.on_lost(item.peer, item.why)
-                case Order():
-                    self._links.reply(item, self._orders.obey(item.message))
-        except StarError as error:
-            logger.warning("STAR ignores %s: %s", type(item).__name__, error)
+        with self._faults.contained(type(item).__name__, lambda: self._abandon(item)):
+            try:
+                self._dispatch(item)
+            except IllegalTransition:
+                raise  # a defect of ours, not an answer to anybody
+            except StarError as error:
+                logger.warning("STAR ignores %s: %s", type(item).__name__, error)
+
+    def _abandon(self, item: object) -> None:
+        """Handling ``item`` failed: end what it is about, on this side and the other."""
+        if not isinstance(item, MigrationMessage):
+            return
+        why = f"a defect while handling {type(item).__name__}"
+        if (move := self._source.moves.get(item.migration_id)) is not None:
+            self._source.abandon(move, why)
+        guest = self._guests.by_stream.get(item.stream_id)
+        if guest is not None and guest.reserve.migration_id == item.migration_id:
+            self._guests.abandon(guest, why)
+        elif isinstance(item, Reserve):
+            self._guests.refuse(item, OrderRefused(f"the target had {why}"))
+        shadow = self._relay.shadows.get(item.stream_id)
+        if shadow is not None and isinstance(item, TokenChunk):
+            self._relay.reclaim(shadow, why)
+
+    def _dispatch(self, item: object) -> None:
+        """Give a message to whom it concerns.
+
+        Raises:
+            StarError: it asks for what cannot be done; anything else is a defect.
+        """
+        if self._source.moves and isinstance(item, MigrationMessage):
+            self._source.proven(item)
+        match item:
+            case TokenChunk():
+                self._relay.on_chunk(item)
+            case PagesReady():
+                self._arrivals.on_pages(item)
+            case Parked():
+                self._arrivals.on_parked(item)
+            case PagesTaken():
+                self._source.on_taken(item)
+            case Heartbeat():
+                live = frozenset(item.live)
+                self._relay.on_live(item.sender, live)
+                self._guests.on_live(item.sender, live)
+            case Reserve():
+                self._arrivals.on_reserve(item)
+            case Reserved():
+                self._source.on_reserved(item)
+            case Refused():
+                self._source.on_refused(item)
+            case Commit():
+                self._arrivals.on_commit(item)
+            case Inserted():
+                self._on_inserted(item)
+            case Release():
+                self._guests.on_release(item)
+            case PeerLost():
+                logger.warning("STAR lost %s: %s", item.peer.instance_id, item.why)
+                self._source.on_lost(item.peer, item.why)
+                self._guests.on_lost(item.peer, item.why)
+                self._relay.on_lost(item.peer, item.why)
+            case Order():
+                self._links.reply(item, self._orders.obey(item.message))
 
     def _on_inserted(self, message: Inserted) -> None:
         if message.migration_id in self._source.moves:
@@ -289,11 +327,23 @@ class Instance:
         """Divert guests' output; return the requests whose clients are ours."""
         own = reqs
         if self._guests.by_rid:
-            own = [req for req in reqs if not self._outflow.emit(req)]
+            own = [req for req in reqs if not self._diverted(req)]
         for req in own:
             if CLOCK in req.__dict__:
-                self._log.token(req)
+                with self._faults.contained("the report of a move"):
+                    self._log.token(req)
         return own
+
+    def _diverted(self, req: Req) -> bool:
+        """Whether the request is a guest; if so its tokens are on their way home."""
+
+        def end() -> None:
+            if (guest := self._guests.by_rid.get(req.rid)) is not None:
+                self._guests.abandon(guest, "a defect while sending its tokens")
+
+        with self._faults.contained("a guest's tokens", end):
+            return self._outflow.emit(req)
+        return True
 
     def aborted(self, rid: str, reason: dict[str, Any] | None) -> bool:
         """SGLang ends a request outside the output stream; True if it was a guest."""

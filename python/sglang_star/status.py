@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,6 +93,7 @@ class StatusReporter:
         self._timer = timer
         self._sequence = 0
         self.retractions = 0
+        self.faults: Mapping[str, int] = {}
 
     def snapshot(self, *, all_reports: bool = False) -> InstanceStatus:
         """The status now; every call has a new sequence number.
@@ -132,6 +133,7 @@ class StatusReporter:
             predictor_failures=runner.failures,
             paced_late=paced.late,
             armed=len(self._armed),
+            faults=dict(self.faults),
         )
 
     def _running(self) -> Iterator[Req]:

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.engine
 cargo_module = pytest.importorskip("sglang_star.migration.cargo")
 source_module = pytest.importorskip("sglang_star.migration.source")
 
+from engine.no_faults import NoFaults  # noqa: E402
 from sglang_star.config import StarConfig  # noqa: E402
 from sglang_star.migration.move import SLOTS  # noqa: E402
 from sglang_star.migration.report import MoveLog  # noqa: E402
@@ -112,7 +113,7 @@ class Engine:
                 self.source.on_taken(self.answer(PagesTaken, move, end=0, slot=slot))
         for req in self.batch:
             req.output_ids.append(0)
-        self.source.step()
+        self.source.step(NoFaults())
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ arrival = pytest.importorskip("sglang_star.migration.arrival")
 relay_module = pytest.importorskip("sglang_star.migration.relay")
 source_module = pytest.importorskip("sglang_star.migration.source")
 
+from engine.no_faults import NoFaults  # noqa: E402
 from sglang_star.migration.guests import Guest, Guests  # noqa: E402
 from sglang_star.migration.move import Move  # noqa: E402
 from sglang_star.migration.report import MoveLog, clock  # noqa: E402
@@ -222,12 +223,12 @@ def commit(*tokens: int) -> Commit:
 
 def test_a_commit_waits_for_the_last_tokens_of_an_earlier_host(returning: SimpleNamespace) -> None:
     returning.arrivals.on_commit(commit(0, 1, 2, 3, 4))
-    returning.arrivals.step()
+    returning.arrivals.step(NoFaults())
     assert not returning.unparked
     assert returning.guest.arriving
     assert returning.home.sent == []
     returning.home.req.output_ids.append(4)
-    returning.arrivals.step()
+    returning.arrivals.step(NoFaults())
     assert len(returning.unparked) == 1
     assert returning.guest.machine.state is Target.INSERTED
     assert not returning.home.relay.shadows

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from array import array
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang_star.config import StarConfig
 from sglang_star.errors import OrderRefused, StarError
+from sglang_star.faults import Faults
 from sglang_star.migration import batch, codec
 from sglang_star.migration.guests import GUEST_PREFIX, Guest, Guests
 from sglang_star.migration.links import Links
@@ -222,11 +224,13 @@ class Arrivals:
             address = self._guests.address(message, to=guest.reserve.home)
             self._links.send(guest.reserve.home, Inserted(**address, **inserted))
 
-    def step(self) -> None:
+    def step(self, faults: Faults) -> None:
         """Look again at commits that came before the tokens of an earlier host."""
         for guest in self._guests.arriving():
             if guest.commit is not None:
-                self.on_commit(guest.commit)
+                end = partial(self._guests.abandon, guest, "a defect at the target")
+                with faults.contained("a late commit", end):
+                    self.on_commit(guest.commit)
 
     def _misses_tokens(self, guest: Guest, message: Commit) -> bool:
         return (

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_star.config import StarConfig
 from sglang_star.errors import OrderRefused, StarError
+from sglang_star.faults import Faults
 from sglang_star.migration.links import Links
 from sglang_star.migration.pages import KvPages
 from sglang_star.migration.states import Machine, Target, TargetEvent
@@ -96,11 +98,12 @@ class Guests:
         now = time.monotonic()
         return any(guest.due > now for guest in self.arriving())
 
-    def step(self) -> None:
+    def step(self, faults: Faults) -> None:
         """Drop arrivals whose deadline has passed."""
         now = time.monotonic()
         for guest in [g for g in self.arriving() if now > g.deadline]:
-            self.refuse(guest.reserve, OrderRefused("deadline passed at the target"))
+            with faults.contained("an arrival", partial(self.forget, guest)):
+                self.refuse(guest.reserve, OrderRefused("deadline passed at the target"))
 
     def on_release(self, message: Release) -> None:
         """Home or source no longer wants it."""
@@ -110,6 +113,13 @@ class Guests:
         if guest.arriving and guest.reserve.migration_id != message.migration_id:
             return
         self.drop(guest, message.reason)
+
+    def abandon(self, guest: Guest, why: str) -> None:
+        """Give a guest up after a defect: its source, or its home, goes on without it."""
+        if guest.arriving:
+            self.refuse(guest.reserve, OrderRefused(why))
+        else:
+            self.drop(guest, why)
 
     def drop(self, guest: Guest, why: str) -> None:
         """Free everything of a guest and tell nobody."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import orjson
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_star.migration import batch, codec
@@ -127,6 +126,8 @@ class Relay:
     def _append(self, shadow: Shadow, chunk: TokenChunk) -> None:
         req = shadow.req
         processor = self._scheduler.batch_result_processor
+        # What can be malformed is read before anything is appended.
+        reason = codec.decode_finish(chunk.finished)
         codec.append_details(req, chunk.details)
         for token in chunk.token_ids:
             req.output_ids.append(token)
@@ -137,8 +138,7 @@ class Relay:
                 processor._accept_grammar_tokens(req, [token])
                 req.grammar.finished = req.finished()
         setattr(req, ESTIMATE, chunk.remaining)
-        if chunk.finished and not req.finished():
-            reason = orjson.loads(chunk.finished)
+        if reason is not None and not req.finished():
             req.finished_reason = FINISH_ABORT(
                 reason.get("message"), reason.get("status_code"), reason.get("err_type")
             )

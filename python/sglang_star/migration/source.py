@@ -11,10 +11,12 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sglang_star.config import StarConfig
 from sglang_star.errors import NotMovable, OrderRefused, PeerError
+from sglang_star.faults import Faults
 from sglang_star.migration import batch, codec
 from sglang_star.migration.cargo import Cargo
 from sglang_star.migration.links import Links
@@ -186,22 +188,28 @@ class Source:
 
     # ------------------------------------------------------------------ tick
 
-    def step(self) -> None:
+    def step(self, faults: Faults) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
         budget = self._config.copy_tokens_per_step
         # Those whose clients wait come first.
         for move in sorted(self.moves.values(), key=lambda move: not move.off_batch):
-            state = move.machine.state
-            if move.req.finished():
-                self._finished(move)
-            elif state is Home.RESUMING:
-                self._resume(move)
-            elif time.monotonic() > move.deadline:
-                self.cancel(move, "failed", "deadline passed")
-            elif not move.off_batch and not batch.is_running(self._scheduler, move.req):
-                self.cancel(move, "cancelled", "the request was retracted")
-            else:
-                budget -= self._advance(move, budget)
+            with faults.contained("a move", partial(self.abandon, move, "a defect at its source")):
+                budget -= self._step(move, budget)
+
+    def _step(self, move: Move, budget: int) -> int:
+        """Take one move as far as it goes now; return how many tokens were copied."""
+        state = move.machine.state
+        if move.req.finished():
+            self._finished(move)
+        elif state is Home.RESUMING:
+            self._resume(move)
+        elif time.monotonic() > move.deadline:
+            self.cancel(move, "failed", "deadline passed")
+        elif not move.off_batch and not batch.is_running(self._scheduler, move.req):
+            self.cancel(move, "cancelled", "the request was retracted")
+        else:
+            return self._advance(move, budget)
+        return 0
 
     def _advance(self, move: Move, budget: int) -> int:
         """Copy, park and commit as far as it goes now; return how many tokens were copied."""
@@ -308,11 +316,17 @@ class Source:
             IllegalTransition: the move has ended already.
         """
         move.machine.fire(HomeEvent.CANCEL)
-        self._close(move, outcome, detail, tell=tell)
-        if move.machine.state is Home.RESUMING:
-            self._resume(move)
-        else:
+        resuming = move.machine.state is Home.RESUMING
+        if not resuming:
             del self.moves[move.migration_id]
+        self._close(move, outcome, detail, tell=tell)
+        if resuming:
+            self._resume(move)
+
+    def abandon(self, move: Move, detail: str) -> None:
+        """End a move after a defect, unless it is ending already; the request goes on here."""
+        if move.migration_id in self.moves and move.machine.allows(HomeEvent.CANCEL):
+            self.cancel(move, "failed", detail)
 
     def abort(self, move: Move, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
