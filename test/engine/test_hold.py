@@ -142,22 +142,23 @@ def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engi
     assert steps >= commit.committed_tokens // BUDGET
 
 
-def test_the_step_in_flight_still_counts(engine: Engine) -> None:
-    req = engine.request()
+@pytest.mark.parametrize("tokens", [5, 13], ids=["within a page", "at the end of a page"])
+def test_the_step_in_flight_still_counts(engine: Engine, tokens: int) -> None:
+    req = engine.request(tokens)
     engine.in_flight = True
     move = engine.start(req)
     engine.source.on_reserved(engine.answer(Reserved, move))
     for _ in range(20):
         engine.step()
     # All whole pages went, and no commit before the last token is known.
-    assert move.sent == (PROMPT + 4) // PAGE * PAGE
+    assert move.sent == (PROMPT + tokens - 1) // PAGE * PAGE
     assert move.machine.state is Home.PARKED
     req.output_ids.append(0)
     engine.in_flight = False
     engine.step()
     [commit] = engine.all_of(Commit)
-    assert len(commit.output_ids) == 6
-    assert move.sent == commit.committed_tokens == PROMPT + 5
+    assert len(commit.output_ids) == tokens + 1
+    assert move.sent == commit.committed_tokens == PROMPT + tokens
 
 
 @pytest.mark.parametrize("reserved", [False, True])
