@@ -38,7 +38,7 @@ from sglang_star.demo.screen import Screen, bar, move_line
 from sglang_star.demo.side import Side, Slo, moves_of, summary
 from sglang_star.demo.twins import Twin, twins_of
 from sglang_star.demo.watch import Load, Sighting, Watcher
-from sglang_star.demo.workload import MAX_TOKENS, Workload, problems
+from sglang_star.demo.workload import Workload, problems
 from sglang_star.errors import PeerError
 
 WORDS = ["One", " two", " three"]
@@ -568,7 +568,7 @@ def test_the_workload_is_the_same_every_time_and_bursty() -> None:
     assert prompts == load_.prompts()
     assert len(prompts) == load_.requests == len({p.name for p in prompts})
     assert len({p.seed for p in prompts}) == len(prompts)
-    assert {p.max_tokens for p in prompts} == {MAX_TOKENS}
+    assert {p.max_tokens for p in prompts} == {load_.max_tokens}
     times = [p.at_s for p in prompts]
     assert times == sorted(times)
     bursts = {int(at_s // load_.gap_s) for at_s in times}
@@ -596,7 +596,7 @@ def test_the_router_takes_the_demos_flags() -> None:
 
 
 def test_the_page_says_how_the_engines_are_paced_and_what_is_equal() -> None:
-    text = " ".join(setting.paragraphs(Workload(2, 3, 4.0)))
+    text = " ".join(setting.paragraphs(Workload(2, 3, 4.0, 500)))
     for needed in ("6 requests", "24 GB card", "Only the rescheduler differs", "least-tokens"):
         assert needed in text
 

@@ -27,20 +27,22 @@ SLOWED: Final = 1.5
 SHRUNK: Final = 16
 """The model's answers are this much shorter than a 7B reasoning model's; so is what holds them."""
 
-POOL_TOKENS: Final = 3800
+POOL_TOKENS: Final = 3400
 SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=45.0)
 
-FULL: Final = Workload(bursts=3, size=24, gap_s=9.0)
-QUICK: Final = Workload(bursts=1, size=24, gap_s=9.0)
+FULL: Final = Workload(bursts=3, size=30, gap_s=8.0, max_tokens=768)
+QUICK: Final = Workload(bursts=2, size=33, gap_s=4.0, max_tokens=400)
 
 ROUTING: Final = ("--policy", "least-tokens")
 RESCHEDULING: Final = (
     *("--rescheduler-interval", "0.25"),
     *("--rescheduler-param", f"tpot_slo_ms={SLO.tpot_ms}"),
-    # Answers are short and bursts sharp: what is true for ten seconds of a large model's life is
-    # true for a few seconds of this one's.
-    *("--rescheduler-param", "cooldown_s=4"),
+    # The defaults are for answers of thousands of tokens; these last a sixteenth of that.
+    *("--rescheduler-param", "horizon_steps=256"),
+    *("--rescheduler-param", "cooldown_s=2"),
+    # Two instances are few, and chance weighs more than in a large fleet.
     *("--rescheduler-param", "moves_per_instance=2"),
+    *("--rescheduler-param", "risk_sigma=1.5"),
 )
 
 _WARM_UP: Final = 16
