@@ -24,7 +24,7 @@ _SEED: Final = 1
 class Workload:
     """Bursts of ``size`` requests, one every ``gap_s`` seconds, each spread over ``spread_s``.
 
-    ``max_tokens`` is every client's limit: above most answers, the same for all, no hint to anybody.
+    ``max_tokens`` is every client's limit: above most answers, and the same for all.
     """
 
     bursts: int
