@@ -447,13 +447,14 @@ def test_the_picture_stands_alone_and_marks_what_happened() -> None:
     svg, _ = drawn(findings())
     figure = ElementTree.fromstring(svg)
     assert figure.tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(classes(figure, "line")) == 4
-    assert len(classes(figure, "full")) == 4
-    assert len(classes(figure, "bad")) == 2  # one mark for the three retractions of each side
-    assert len(classes(figure, "move")) == 1
+    # One of each is the legend's.
+    assert len(classes(figure, "line")) == 4 + 1
+    assert len(classes(figure, "full")) == 4 + 1
+    assert len(classes(figure, "bad")) == 2 + 1  # one mark for the three retractions of each side
+    assert len(classes(figure, "move")) == 1 + 1
     text = "".join(figure.itertext())
     assert "what <ran>" in text
-    assert "Rescheduling on: 1 moves" in text
+    assert "Rescheduling on: 1 live move" in text
     assert "retractions" in text
 
 
