@@ -513,12 +513,14 @@ def test_screen_announces_each_move_once_in_plain_lines() -> None:
     screen = Screen(watcher, 2, out)
     watcher.moves = [row("demo-a", state="accepted")]
     screen.show([stream("a")])
-    watcher.moves = [row("demo-b", state="refused", detail="full"), row("demo-a")]
+    full = row("demo-b", state="refused", detail="full")
+    watcher.moves = [full, row("demo-a"), row("earlier-run")]
     screen.end([stream("a")])
     screen.end([stream("a"), stream("b")])
     text = out.getvalue()
     assert text.count("demo-a: decode-0 to decode-1") == 1
     assert "refused: full" in text
+    assert "earlier-run" not in text
     assert "2/2 answers" in text
     assert "decode-0 50%" in text
     assert "\033" not in text

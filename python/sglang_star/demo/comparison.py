@@ -21,17 +21,17 @@ from sglang_star.errors import SetupError
 from sglang_star.model import reasoning_model
 
 CARD: Final = "24gb-7b"
-SLOWED: Final = 1.5
+SLOWED: Final = 2.0
 """How much slower than the card the engines are paced, so that two cores keep up with two cards."""
 
 SHRUNK: Final = 16
 """The model's answers are this much shorter than a 7B reasoning model's; so is what holds them."""
 
 POOL_TOKENS: Final = 3400
-SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=45.0)
+SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=60.0)
 
-FULL: Final = Workload(bursts=3, size=30, gap_s=8.0, max_tokens=768)
-QUICK: Final = Workload(bursts=2, size=33, gap_s=4.0, max_tokens=400)
+FULL: Final = Workload(bursts=3, size=30, gap_s=10.0, max_tokens=640)
+QUICK: Final = Workload(bursts=2, size=33, gap_s=5.0, max_tokens=320)
 
 ROUTING: Final = ("--policy", "least-tokens")
 RESCHEDULING: Final = (
