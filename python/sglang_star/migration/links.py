@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import zmq
 
 from sglang_star.errors import ConfigError, ProtocolError
+from sglang_star.migration.mover import PeerLost
 from sglang_star.protocol import (
     Heartbeat,
     Inserted,
@@ -43,14 +44,6 @@ SEND_HIGH_WATER_MARK = 100_000
 URGENT = (TokenChunk, Inserted, Reserved, PagesTaken)
 """What may be handled while a decode step runs, since it touches no request that is in it: a
 relayed token need not wait for home's own step."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLost:
-    """Put into the inbox once when a watched peer is silent too long or has restarted."""
-
-    peer: Peer
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
