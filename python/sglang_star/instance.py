@@ -16,7 +16,8 @@ from sglang_star.engine.verbs import Request
 from sglang_star.faults import Faults
 from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.links import Links, Order
-from sglang_star.migration.mover import Mover, PeerLost
+from sglang_star.migration.mover import Mover
+from sglang_star.migration.post import PeerLost
 from sglang_star.orders import Orders
 from sglang_star.platform import device
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, MigrationMessage, Peer
@@ -62,7 +63,7 @@ class Instance:
         self._timer = StepTimer()
         self._mover = Mover(engine, self._links, config, fingerprint, self._faults)
         self._status = StatusReporter(
-            scheduler, self._links.peer, engine.pages, self._mover, self._timer, self._faults
+            scheduler, engine, self._links.peer, self._mover, self._timer, self._faults
         )
         self._next_status = 0.0
         self._watched: frozenset[tuple[Peer, str]] = frozenset()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
-from sglang_star.engine import batch, codec
-from sglang_star.engine.pages import KvPages
+from sglang_star.engine import batch
+from sglang_star.engine.real import SglangEngine
 from sglang_star.faults import Faults
 from sglang_star.migration.mover import Mover
 from sglang_star.migration.relay import ESTIMATE, MOVES
@@ -73,15 +73,16 @@ class StatusReporter:
     def __init__(
         self,
         scheduler: Scheduler,
+        engine: SglangEngine,
         peer: Peer,
-        pages: KvPages,
         mover: Mover,
         timer: StepTimer,
         faults: Faults,
     ) -> None:
         self._scheduler = scheduler
+        self._engine = engine
+        self._pages = engine.pages
         self._peer = peer
-        self._pages = pages
         self._source = mover.source
         self._guests = mover.guests
         self._log = mover.log
@@ -104,7 +105,7 @@ class StatusReporter:
         queued = [self._describe(req, QUEUED) for req in self._queued()]
         retracted = [self._describe(req, QUEUED) for req in batch.retracted(scheduler)]
         arriving = [guest.req for guest in self._guests.arriving() if guest.req]
-        reserved = sum(int(req.kv.kv_allocated_len) for req in arriving)
+        reserved = sum(map(self._engine.held, arriving))
         return InstanceStatus(
             instance_id=self._peer.instance_id,
             incarnation=self._peer.incarnation,
@@ -171,7 +172,7 @@ class StatusReporter:
             remaining=tuple(getattr(req, ESTIMATE, ())),
             home=(guest.reserve.home if guest else self._peer).instance_id,
             state=move.machine.state.value if move else state,
-            pinned=self._pages.unsupported or codec.pinned(req),
+            pinned=self._engine.unsupported or self._engine.pinned(req),
             moves=getattr(req, MOVES, 0),
             queued=state == QUEUED,
         )

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import zmq
 
-from e2e.fleet import Fleet, new_rid
+from e2e.fleet import PROMPT_IDS, Fleet, new_rid
 from sglang_star.cluster import Cluster
 from sglang_star.protocol import Message, TokenChunk, encode
 
@@ -15,6 +15,11 @@ pytestmark = pytest.mark.e2e
 
 NO_TOKEN = 1 << 63
 """Fits into a message, and into no array of token ids."""
+
+BYSTANDER = {
+    "input_ids": PROMPT_IDS[::-1],
+    "sampling_params": {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True},
+}
 
 
 def send(address: str, messages: list[Message]) -> None:
@@ -31,10 +36,12 @@ def test_a_message_that_breaks_its_handler_costs_its_stream_a_detour(cluster: Cl
     async def scenario() -> None:
         async with Fleet.connect(cluster) as fleet:
             await fleet.settle()
-            rid, bystander = new_rid("struck"), new_rid("bystander")
-            async with fleet.endless(rid), fleet.endless(bystander):
+            _, alone = await fleet.post(fleet.router + "/generate", BYSTANDER)
+            await fleet.settle()
+            rid = new_rid("struck")
+            async with fleet.endless(rid):
                 home, _ = await fleet.found(rid)
-                await fleet.found(bystander)
+                bystander = asyncio.create_task(fleet.post(fleet.router + "/generate", BYSTANDER))
                 code, order = await fleet.order(rid, home, fleet.other(home))
                 assert code == 202, order
                 assert (await fleet.report(order["migration_id"]))["outcome"] == "moved"
@@ -60,5 +67,7 @@ def test_a_message_that_breaks_its_handler_costs_its_stream_a_detour(cluster: Cl
                 for engine in fleet.engines:
                     if engine != home:
                         await fleet.faults(engine, {})
+                _, beside = await bystander
+                assert beside["output_ids"] == alone["output_ids"]
 
     asyncio.run(scenario())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sglang_star.config import StarConfig
@@ -19,7 +18,7 @@ from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.arrival import Arrivals
 from sglang_star.migration.guests import Guests
 from sglang_star.migration.outflow import Outflow
-from sglang_star.migration.post import Post
+from sglang_star.migration.post import PeerLost, Post
 from sglang_star.migration.relay import Relay
 from sglang_star.migration.report import CLOCK, MoveLog
 from sglang_star.migration.source import Source
@@ -42,14 +41,6 @@ from sglang_star.protocol import (
 logger = logging.getLogger(__name__)
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLost:
-    """A watched peer was silent too long, has died or restarted."""
-
-    peer: Peer
-    why: str
 
 
 class Mover:

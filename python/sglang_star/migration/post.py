@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from sglang_star.protocol import Message, Peer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Put into the inbox once when a watched peer is gone, has restarted or is silent too long."""
+
+    peer: Peer
+    why: str
 
 
 class Post(Protocol):
