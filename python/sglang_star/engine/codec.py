@@ -144,23 +144,6 @@ def append_details(req: Req, data: bytes) -> None:
     log.output_token_ids_logprobs_idx.extend(details.ids_indices)
 
 
-def decode_finish(data: bytes) -> dict[str, Any] | None:
-    """What :func:`encode_finish` gave, at home; None while running.
-
-    Raises:
-        MalformedMessage: not a finish reason.
-    """
-    if not data:
-        return None
-    try:
-        reason = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise MalformedMessage(f"not a finish reason: {error}") from error
-    if not isinstance(reason, dict):
-        raise MalformedMessage("not a finish reason")
-    return reason
-
-
 def encode_finish(req: Req) -> bytes:
     """SGLang's finish reason as JSON; empty while running."""
     return orjson.dumps(req.finished_reason.to_json()) if req.finished() else b""
