@@ -52,7 +52,7 @@ ROWS: Final[tuple[Row, ...]] = (
     # Tensors.
     Class(_POOLS + ".MHATokenToKVPool", "its KV can move: keys and values by layer", _PAGES),
     Attribute(_POOLS + ".MHATokenToKVPool.k_buffer", "[slots, heads, d] by layer", _PAGES),
-    Attribute(_POOLS + ".MHATokenToKVPool.v_buffer", "as above", _PAGES),
+    Attribute(_POOLS + ".MHATokenToKVPool.v_buffer", "[slots, heads, d] by layer", _PAGES),
     Attribute(_POOLS + ".MHATokenToKVPool.use_hnd", "another layout, which cannot move", _PAGES),
     Class(_POOLS + ".MLATokenToKVPool", "its KV can move: one latent by layer", _PAGES),
     Attribute(_POOLS + ".MLATokenToKVPool.kv_buffer", "[slots, 1, d] by layer", _PAGES),

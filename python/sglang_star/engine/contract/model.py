@@ -11,6 +11,7 @@ _CONFIG: Final = "sglang.srt.configs.model_config.ModelConfig"
 _LOGITS: Final = "sglang.srt.layers.logits_processor.LogitsProcessorOutput"
 _AUX: Final = "sglang.srt.managers.auxiliary_output"
 _FORWARD: Final = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
+_GRAPHS: Final = "sglang.srt.model_executor.cuda_graph_config"
 _PRED: Final = "predictor.runner"
 
 ROWS: Final[tuple[Row, ...]] = (
@@ -18,7 +19,7 @@ ROWS: Final[tuple[Row, ...]] = (
         "sglang.srt.managers.tp_worker.TpModelWorker.model_runner", "the model's runner", _PRED
     ),
     Attribute(_RUNNER + ".model", "a head belongs to its norms", _PRED),
-    Attribute(_RUNNER + ".model_config", "as above", _PRED),
+    Attribute(_RUNNER + ".model_config", "a head belongs to a model's shape", _PRED),
     Attribute(_RUNNER + ".device", "where the predictor's buffers go", _PRED),
     Attribute(_RUNNER + ".server_args", "whether execution is paced", "platform.paced"),
     Class(_CONFIG, "a model's shape", "predictor.fingerprint identity"),
@@ -31,9 +32,22 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_CONFIG + ".dtype", "part of the fingerprint", "identity"),
     Attribute(_CONFIG + ".context_len", "part of the fingerprint", "identity"),
     # The predictor's rows.
+    Function(
+        "sglang.srt.arg_groups.overrides.resolution_result",
+        "how large a batch graphs capture",
+        _PRED,
+        takes="server_args, field",
+    ),
+    Field(_GRAPHS + ".CudaGraphConfig.decode", "the graphs of decode steps", _PRED),
+    Field(_GRAPHS + ".PhaseConfig.max_bs", "requests in the largest of them", _PRED),
     Field(_LOGITS + ".next_token_logits", "requests in the step", _PRED),
     Field(_LOGITS + ".auxiliary_device_output", "rows leave the device with the step", _PRED),
-    Function(_AUX + ".append_auxiliary_output", "as above", _PRED, takes="current, output"),
+    Function(
+        _AUX + ".append_auxiliary_output",
+        "rows leave the device with the step's results",
+        _PRED,
+        takes="current, output",
+    ),
     Function(
         _AUX + ".DeviceAuxiliaryOutput.copy_to_host",
         "ours has this method",
@@ -42,7 +56,7 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Function(
         _AUX + ".HostAuxiliaryOutput.consume",
-        "as above; called once per step",
+        "ours has this method, called once per step",
         _PRED,
         takes="batch, commits",
     ),

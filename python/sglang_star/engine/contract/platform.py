@@ -60,12 +60,20 @@ ROWS: Final[tuple[Row, ...]] = (
         takes="device",
     ),
     Attribute(_PLATFORMS + ".interface.SRTPlatform.capabilities", "overridden: it has none", _CPU),
-    Function(_PLATFORMS + ".interface.PlatformCapabilities", "as above", _CPU),
+    Function(
+        _PLATFORMS + ".interface.PlatformCapabilities", "a platform without any is made of it", _CPU
+    ),
     Attribute(_PLATFORMS + ".device_mixin.DeviceMixin._enum", "overridden: not SGLang's own", _CPU),
-    Attribute(_PLATFORMS + ".device_mixin.PlatformEnum.OOT", "as above", _CPU),
+    Attribute(
+        _PLATFORMS + ".device_mixin.PlatformEnum.OOT", "a platform that is not SGLang's own", _CPU
+    ),
     # Attention over plain torch may be deterministic.
     Name(_CHOICES + ".DETERMINISTIC_ATTENTION_BACKEND_CHOICES", "who may", "launch"),
-    Name(_CHOICES + ".RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND", "as above", "launch"),
+    Name(
+        _CHOICES + ".RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND",
+        "who may keep the prefix cache then",
+        "launch",
+    ),
     Name(_CHOICES + ".add_deterministic_attention_backend_choices", "adds ours", "launch"),
     Name(
         _CHOICES + ".add_radix_supported_deterministic_attention_backend_choices",

@@ -15,12 +15,21 @@ _TIMES: Final = "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats"
 _GRAMMAR: Final = "sglang.srt.constrained.base_grammar_backend.BaseGrammarObject"
 
 _CODEC: Final = "migration.codec"
-_TOKENS: Final = "migration.arrival migration.batch migration.codec migration.relay status"
+_TOKENS: Final = "migration.arrival migration.batch migration.outflow migration.relay status"
+_PINS: Final = "a request that uses it cannot move"
 
 ROWS: Final[tuple[Row, ...]] = (
-    Class(_REQ, "a request; what we keep of it are attributes whose names begin with _star", ""),
+    Class(
+        _REQ,
+        "a request; what we keep of it are attributes whose names begin with _star",
+        "migration.batch migration.codec",
+    ),
     Attribute(_REQ + ".rid", "its name here; a guest's begins with star-guest-", "status orders"),
-    Attribute(_REQ + ".origin_input_ids", "the prompt's tokens", _TOKENS.replace(" relay", "")),
+    Attribute(
+        _REQ + ".origin_input_ids",
+        "the prompt's tokens",
+        "migration.batch migration.codec predictor.estimator",
+    ),
     Attribute(_REQ + ".output_ids", "the output's tokens; tokens from elsewhere join", _TOKENS),
     Attribute(_REQ + ".seqlen", "tokens that a target has to hold", "migration.source"),
     Attribute(_REQ + ".kv", "where its KV is", "migration.batch migration.pages status"),
@@ -49,8 +58,14 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Function(_ABORT + ".to_json", "an end travels as JSON", "migration.codec migration.arrival"),
     # Into the batch without prefill, or back to the queue.
-    Function(_REQ + ".refresh_fill_ids", "before it joins the batch", "migration.batch"),
-    Attribute(_REQ + ".extend_end", "all positions are filled already", "migration.batch"),
+    Function(
+        _REQ + ".refresh_fill_ids", "before it joins the batch without prefill", "migration.batch"
+    ),
+    Attribute(
+        _REQ + ".extend_end",
+        "all its positions are filled when it joins the batch",
+        "migration.batch",
+    ),
     Attribute(_REQ + ".skip_radix_cache_insert", "no checkpoint of moved KV", "migration.batch"),
     Function(_REQ + ".reset_for_retract", "its KV was lost elsewhere", "migration.batch"),
     Attribute(
@@ -69,25 +84,29 @@ ROWS: Final[tuple[Row, ...]] = (
         _REQ + ".prefix_len", "none of a guest's row is the prefix cache's", "migration.pages"
     ),
     Attribute(_REQ + ".last_node", "bound to the root of the prefix cache", "migration.pages"),
-    Attribute(_REQ + ".last_host_node", "as above", "migration.pages"),
-    Attribute(_REQ + ".best_match_node", "as above", "migration.pages"),
+    Attribute(_REQ + ".last_host_node", "bound to the root of the prefix cache", "migration.pages"),
+    Attribute(
+        _REQ + ".best_match_node", "bound to the root of the prefix cache", "migration.pages"
+    ),
     Attribute(_REQ + ".lock", "it holds none in the prefix cache", "migration.pages"),
-    Attribute(_REQ + ".num_matched_prefix_tokens", "none", "migration.pages"),
-    Attribute(_REQ + ".host_hit_length", "none", "migration.pages"),
+    Attribute(
+        _REQ + ".num_matched_prefix_tokens", "a guest matches no cached prefix", "migration.pages"
+    ),
+    Attribute(_REQ + ".host_hit_length", "a guest matches no cached prefix", "migration.pages"),
     Attribute(_REQ + ".extra_key", "which root of the prefix cache is its", "migration.pages"),
     # What keeps a request where it is.
-    Attribute(_REQ + ".multimodal_inputs", "cannot move", _CODEC),
-    Attribute(_REQ + ".session", "cannot move", _CODEC),
-    Attribute(_REQ + ".session_id", "cannot move", _CODEC),
-    Attribute(_REQ + ".beam_group", "cannot move", _CODEC),
-    Attribute(_REQ + ".input_embeds", "cannot move", _CODEC),
-    Attribute(_REQ + ".positional_embed_overrides", "cannot move", _CODEC),
-    Attribute(_REQ + ".custom_logit_processor", "cannot move", _CODEC),
-    Attribute(_REQ + ".lora_id", "cannot move", _CODEC),
-    Attribute(_REQ + ".return_hidden_states", "cannot move", _CODEC),
-    Attribute(_REQ + ".return_routed_experts", "cannot move", _CODEC),
-    Attribute(_REQ + ".return_indexer_topk", "cannot move", _CODEC),
-    Attribute(_REQ + ".return_sampling_mask", "cannot move", _CODEC),
+    Attribute(_REQ + ".multimodal_inputs", _PINS, _CODEC),
+    Attribute(_REQ + ".session", _PINS, _CODEC),
+    Attribute(_REQ + ".session_id", _PINS, _CODEC),
+    Attribute(_REQ + ".beam_group", _PINS, _CODEC),
+    Attribute(_REQ + ".input_embeds", _PINS, _CODEC),
+    Attribute(_REQ + ".positional_embed_overrides", _PINS, _CODEC),
+    Attribute(_REQ + ".custom_logit_processor", _PINS, _CODEC),
+    Attribute(_REQ + ".lora_id", _PINS, _CODEC),
+    Attribute(_REQ + ".return_hidden_states", _PINS, _CODEC),
+    Attribute(_REQ + ".return_routed_experts", _PINS, _CODEC),
+    Attribute(_REQ + ".return_indexer_topk", _PINS, _CODEC),
+    Attribute(_REQ + ".return_sampling_mask", _PINS, _CODEC),
     Function(_REQ + ".is_dllm", "a diffusion model cannot move", _CODEC),
     # KV.
     Attribute(_KV + ".holds_kv", "whether it has a row", "migration.pages status"),
@@ -99,20 +118,20 @@ ROWS: Final[tuple[Row, ...]] = (
     Field(_KV + ".cache_inserted_len", "positions the prefix cache has", "migration.pages"),
     # Log-probabilities.
     Field(_LOG + ".output_token_logprobs_val", "a guest's go home", _CODEC),
-    Field(_LOG + ".output_token_logprobs_idx", "as above", _CODEC),
-    Field(_LOG + ".output_top_logprobs_val", "as above", _CODEC),
-    Field(_LOG + ".output_top_logprobs_idx", "as above", _CODEC),
-    Field(_LOG + ".output_token_ids_logprobs_val", "as above", _CODEC),
-    Field(_LOG + ".output_token_ids_logprobs_idx", "as above", _CODEC),
+    Field(_LOG + ".output_token_logprobs_idx", "a guest's go home", _CODEC),
+    Field(_LOG + ".output_top_logprobs_val", "a guest's go home", _CODEC),
+    Field(_LOG + ".output_top_logprobs_idx", "a guest's go home", _CODEC),
+    Field(_LOG + ".output_token_ids_logprobs_val", "a guest's go home", _CODEC),
+    Field(_LOG + ".output_token_ids_logprobs_idx", "a guest's go home", _CODEC),
     # Sampling.
     Field(_PARAMS + ".max_new_tokens", "the limit SGLang worked out at home", "migration.arrival"),
     Field(_PARAMS + ".n", "parallel samples need rooms of their own", "rooms"),
     Field(_PARAMS + ".beam_width", "beam search cannot move", _CODEC),
-    Field(_PARAMS + ".watermark", "cannot move", _CODEC),
+    Field(_PARAMS + ".watermark", _PINS, _CODEC),
     Field(_PARAMS + ".frequency_penalty", "its sums are repeated at a target", "migration.batch"),
-    Field(_PARAMS + ".presence_penalty", "as above", "migration.batch"),
-    Field(_PARAMS + ".repetition_penalty", "as above", "migration.batch"),
-    Field(_PARAMS + ".min_new_tokens", "as above", "migration.batch"),
+    Field(_PARAMS + ".presence_penalty", "its sums are repeated at a target", "migration.batch"),
+    Field(_PARAMS + ".repetition_penalty", "its sums are repeated at a target", "migration.batch"),
+    Field(_PARAMS + ".min_new_tokens", "counted anew at a target", "migration.batch"),
     # Times.
     Attribute(_TIMES + ".forward_entry_time", "the running timeout of a shadow", "instance"),
     Function(_TIMES + ".set_last_decode_finish_time", "a shadow's token", "migration.relay"),

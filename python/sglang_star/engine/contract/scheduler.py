@@ -37,7 +37,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_S + ".tree_cache", "the prefix cache", "migration.pages migration.batch"),
     # Streams of the device.
     Attribute(_S + ".schedule_stream", "copies wait for the forward", "migration.arrival"),
-    Attribute(_S + ".forward_stream", "as above", "migration.arrival"),
+    Attribute(_S + ".forward_stream", "copies wait for the forward", "migration.arrival"),
     # Disaggregation.
     Attribute(
         _S + ".disagg_decode_prealloc_queue",
@@ -51,8 +51,14 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_S + ".batch_result_processor", "what a new token entails", "migration.relay"),
     Attribute(_S + ".grammar_manager", "a guest may wait for its grammar", "migration.arrival"),
     Attribute(_S + ".idle_sleeper", "a message of ours wakes an idle scheduler", "instance"),
-    Attribute(_PARTS + ".idle_sleeper.IdleSleeper.poller", "as above", "instance"),
-    Attribute(_GRAMMARS + ".grammar_queue", "as above", "migration.arrival"),
+    Attribute(
+        _PARTS + ".idle_sleeper.IdleSleeper.poller",
+        "a message of ours wakes an idle scheduler",
+        "instance",
+    ),
+    Attribute(
+        _GRAMMARS + ".grammar_queue", "a guest may wait for its grammar", "migration.arrival"
+    ),
     # Calls.
     Function(
         _S + ".handle_generate_request",
