@@ -4,6 +4,7 @@ StarError
 ├── ConfigError            a flag or file the user gave is wrong
 │   └── HeadError          a predictor head is missing, damaged or for another model
 ├── HookError              a hook into SGLang did not take effect, or SGLang is another version
+│   └── ContractError      SGLang lacks something that STAR relies on
 ├── SetupError             the machine cannot run this (memory, disk, port, package)
 ├── ProtocolError          bytes from a socket are not ours
 │   ├── VersionMismatch    ... or are of another protocol version
@@ -57,6 +58,10 @@ class HeadError(ConfigError):
 
 class HookError(StarError):
     """SGLang is not the release STAR was built against, or a hook did not take effect."""
+
+
+class ContractError(HookError):
+    """The installed SGLang lacks, or has otherwise, something that STAR relies on."""
 
 
 class SetupError(StarError):

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from sglang_star import config, hooks
 from sglang_star.config import StarConfig
+from sglang_star.engine import installed
 from sglang_star.errors import ConfigError, StarError
 from sglang_star.platform import is_portable_cpu
 
@@ -50,9 +51,11 @@ def enable(server_args: Any, star: StarConfig | None = None) -> Any:
 
     Raises:
         ConfigError: an SGLang option excludes STAR.
-        HookError: SGLang is another version, or a hook did not take effect.
+        HookError: SGLang is another version, a hook did not take effect, or something that STAR
+            relies on is not as it should be.
     """
     hooks.verify_version()
+    installed.verify()
     _choose_cpu(server_args)
     _refuse_unsupported(server_args)
     hooks.install(hooks.Scope.SERVER)

@@ -16,13 +16,13 @@ REMEMBERED = 4096
 _sent: OrderedDict[int, int] = OrderedDict()
 
 
-def send_one_request(manager: Any, tokenized: Any) -> None:
+def send_one_request(manager: Any, tokenized_obj: Any) -> None:
     """BEFORE ``TokenizerManager._send_one_request``: the k-th of a room goes to room + k."""
-    room = getattr(tokenized, "bootstrap_room", None)
-    if room is None or tokenized.sampling_params.n <= 1:
+    room = getattr(tokenized_obj, "bootstrap_room", None)
+    if room is None or tokenized_obj.sampling_params.n <= 1:
         return
     earlier = _sent.pop(room, 0)
     _sent[room] = earlier + 1
     while len(_sent) > REMEMBERED:
         _sent.popitem(last=False)
-    tokenized.bootstrap_room = room + earlier
+    tokenized_obj.bootstrap_room = room + earlier

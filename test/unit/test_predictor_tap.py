@@ -33,6 +33,17 @@ def test_rows_handed_out_are_not_overwritten_by_the_next_step() -> None:
     assert torch.equal(kept, torch.ones(2, 3))
 
 
+def test_the_buffers_hold_the_largest_batch_that_a_graph_captures() -> None:
+    server_args = pytest.importorskip("sglang.srt.server_args")
+    graphs = pytest.importorskip("sglang.srt.model_executor.cuda_graph_config").CudaGraphConfig()
+    args = server_args.ServerArgs(model_path="none", cuda_graph_config=graphs)
+    assert runner._rows(args) == runner.MIN_ROWS
+    graphs.decode.max_bs = 512
+    assert runner._rows(args) == 512
+    args = server_args.ServerArgs(model_path="none", max_running_requests=700)
+    assert runner._rows(args) == 700
+
+
 def test_an_oversize_batch_does_not_outlive_its_step() -> None:
     tap = HiddenTap(2, 3, "cpu")
     tap.observe(torch.ones(5, 3))

@@ -1,1 +1,5 @@
-"""The seam between STAR and SGLang: what moves, orders and status ask of an engine, and how."""
+"""The seam between STAR and SGLang.
+
+``verbs`` is what moves, orders and status ask of an engine, ``real`` how SGLang does it, and
+``contract`` the table of all of SGLang that this takes, checked against its source.
+"""

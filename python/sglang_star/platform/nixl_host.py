@@ -33,10 +33,15 @@ def get_descs(
 
 
 def prep_xfer_dlist(
-    agent: Any, name: str, xfer_list: Any, mem_type: str | None = None, *args: Any, **kwargs: Any
+    agent: Any,
+    agent_name: str,
+    xfer_list: Any,
+    mem_type: str | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> _Call:
     """BEFORE ``nixl_agent.prep_xfer_dlist``."""
-    return (agent, name, xfer_list, _host(mem_type), *args), kwargs
+    return (agent, agent_name, xfer_list, _host(mem_type), *args), kwargs
 
 
 def maybe_send_cached_prefix_chunk(original: Any, *args: Any, **kwargs: Any) -> None:

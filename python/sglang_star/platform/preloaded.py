@@ -26,6 +26,7 @@ from typing import Any, Final, NoReturn
 import setproctitle
 
 from sglang_star import hooks, supervise
+from sglang_star.engine import installed
 from sglang_star.forkserver import MODULE, STAR
 
 IMPORTED: Final = (
@@ -79,6 +80,7 @@ def _install_hooks(*, star: bool) -> None:
     load_plugins()
     hooks.install(hooks.Scope.FORKED)
     if star:
+        installed.known_findings()
         hooks.install(hooks.Scope.SERVER, hooks.Scope.SCHEDULER)
 
 

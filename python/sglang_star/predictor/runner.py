@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 import torch
+from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
 from sglang_star.config import BUILTIN_HEAD, PREDICTOR_OFF, StarConfig
@@ -216,7 +217,9 @@ class _Counted:
 
 
 def _rows(server_args: Any) -> int:
-    limits = (server_args.max_running_requests, getattr(server_args, "cuda_graph_max_bs", None))
+    # A captured step runs no Python: its batch has to fit the buffers from the start.
+    graphs = resolution_result(server_args, "cuda_graph_config")
+    limits = (server_args.max_running_requests, graphs and graphs.decode.max_bs)
     return max(MIN_ROWS, *(limit or 0 for limit in limits))
 
 

@@ -1,0 +1,62 @@
+"""KV memory: rows of requests, slots of tokens, the tensors behind them, the prefix cache."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sglang_star.engine.contract.row import Attribute, Class, Function, Row
+
+_COMMON: Final = "sglang.srt.mem_cache.common"
+_POOLS: Final = "sglang.srt.mem_cache.memory_pool"
+_ROWS: Final = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
+_SLOTS: Final = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
+_PAGED: Final = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
+_TREE: Final = "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache"
+_PAGES: Final = "migration.pages"
+
+ROWS: Final[tuple[Row, ...]] = (
+    Function(
+        _COMMON + ".evict_from_tree_cache",
+        "makes room for a guest's KV",
+        _PAGES,
+        takes="tree_cache, num_tokens",
+    ),
+    Function(
+        _COMMON + ".release_kv_cache",
+        "gives row and KV of a request back",
+        _PAGES,
+        takes="req, tree_cache, *, checkpoint",
+    ),
+    # Rows.
+    Function(_ROWS + ".alloc", "a row for a guest", _PAGES, takes="reqs"),
+    Function(_ROWS + ".free", "gives back a row without KV", _PAGES, takes="req"),
+    Function(_ROWS + ".write", "puts new slots into a row", _PAGES, takes="indices, values"),
+    Attribute(_ROWS + ".req_to_token", "the slots of a request's positions", _PAGES),
+    Attribute(_ROWS + ".free_slots", "whether a row is free", "migration.arrival"),
+    # Slots.
+    Attribute(_SLOTS + ".page_size", "KV moves in whole pages", _PAGES),
+    Attribute(_SLOTS + ".size", "tokens in all", _PAGES),
+    Attribute(_SLOTS + ".device", "where slot numbers are", _PAGES),
+    Function(_SLOTS + ".get_kvcache", "the pool behind it", _PAGES),
+    Function(_SLOTS + ".available_size", "free slots", _PAGES),
+    Function(
+        _SLOTS + ".alloc", "slots for a guest, where a page is one token", _PAGES, takes="need_size"
+    ),
+    Function(
+        _PAGED + ".alloc_extend",
+        "slots for a guest, in pages",
+        _PAGES,
+        takes="*, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, "
+        "extend_num_tokens",
+    ),
+    # Tensors.
+    Class(_POOLS + ".MHATokenToKVPool", "its KV can move: keys and values by layer", _PAGES),
+    Attribute(_POOLS + ".MHATokenToKVPool.k_buffer", "[slots, heads, d] by layer", _PAGES),
+    Attribute(_POOLS + ".MHATokenToKVPool.v_buffer", "[slots, heads, d] by layer", _PAGES),
+    Attribute(_POOLS + ".MHATokenToKVPool.use_hnd", "another layout, which cannot move", _PAGES),
+    Class(_POOLS + ".MLATokenToKVPool", "its KV can move: one latent by layer", _PAGES),
+    Attribute(_POOLS + ".MLATokenToKVPool.kv_buffer", "[slots, 1, d] by layer", _PAGES),
+    # The prefix cache.
+    Function(_TREE + ".evictable_size", "slots that could be free", _PAGES),
+    Function(_TREE + ".root_node_handle", "a guest begins at the root", _PAGES, takes="extra_key"),
+)
