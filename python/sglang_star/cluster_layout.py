@@ -17,6 +17,9 @@ CPU_ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+    # A few of SGLang's functions are compiled by torch at first use: that takes a C++ compiler,
+    # which a fresh machine lacks, and seconds of every engine's first step.
+    "TORCHDYNAMO_DISABLE": "1",
     # Without cached bytecode every process compiles half a million lines before it serves.
     "PYTHONDONTWRITEBYTECODE": "",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -75,6 +76,8 @@ def _choose_cpu(server_args: Any) -> None:
 
     if not is_portable_cpu(current_platform):
         return
+    # For the scheduler's process, which reads it when it imports torch: see cluster_layout.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if server_args.device is None:
         server_args.device = "cpu"
     if server_args.attention_backend is None:
