@@ -27,7 +27,7 @@ SLOWED: Final = 2.0
 SHRUNK: Final = 16
 """The model's answers are this much shorter than a 7B reasoning model's; so is what holds them."""
 
-POOL_TOKENS: Final = 3400
+POOL_TOKENS: Final = 3300
 SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=60.0)
 
 FULL: Final = Workload(bursts=3, size=30, gap_s=10.0, max_tokens=640)
@@ -39,10 +39,9 @@ RESCHEDULING: Final = (
     *("--rescheduler-param", f"tpot_slo_ms={SLO.tpot_ms}"),
     # The defaults are for answers of thousands of tokens; these last a sixteenth of that.
     *("--rescheduler-param", "horizon_steps=256"),
-    *("--rescheduler-param", "cooldown_s=2"),
-    # Two instances are few, and chance weighs more than in a large fleet.
+    *("--rescheduler-param", "cooldown_s=4"),
+    # All moves are between the same two instances.
     *("--rescheduler-param", "moves_per_instance=2"),
-    *("--rescheduler-param", "risk_sigma=1.5"),
 )
 
 _WARM_UP: Final = 16
