@@ -16,7 +16,7 @@ import torch
 
 pytestmark = pytest.mark.engine
 
-penalties = pytest.importorskip("sglang_star.migration.penalties")
+penalties = pytest.importorskip("sglang_star.engine.penalties")
 penaltylib = pytest.importorskip("sglang.srt.sampling.penaltylib")
 schedule_batch = pytest.importorskip("sglang.srt.managers.schedule_batch")
 forward = pytest.importorskip("sglang.srt.model_executor.forward_batch_info")
@@ -24,7 +24,7 @@ forward = pytest.importorskip("sglang.srt.model_executor.forward_batch_info")
 EXTEND, PREBUILT = forward.ForwardMode.EXTEND, forward.ForwardMode.PREBUILT
 VOCABULARY, END = 12, 2
 PROMPT = [7, 3, 9]
-TEXT = [random.Random(4).randrange(VOCABULARY) for _ in range(120)]
+TEXT = random.Random(4).choices(range(VOCABULARY), k=120)
 """Few words, often repeated: what is missing or accumulated twice shows."""
 
 PARAMETERS = {

@@ -11,10 +11,19 @@ import zmq
 
 from sglang_star.errors import ConfigError
 from sglang_star.migration.links import URGENT, Links, Order, PeerLost
-from sglang_star.protocol import Heartbeat, InstanceStatus, OrderReply, StatusOrder, decode, encode
+from sglang_star.protocol import (
+    Heartbeat,
+    InstanceStatus,
+    OrderReply,
+    Peer,
+    StatusOrder,
+    decode,
+    encode,
+)
 from unit.test_protocol import MESSAGES
 
 TIMEOUT_S = 0.4
+BEAT_S = 0.05
 HANGS_S = 180.0
 """What takes longer than this will never happen."""
 
@@ -32,7 +41,7 @@ def make() -> Iterator[Callable[..., Links]]:
             **{
                 "migration_port": 0,
                 "status_port": 0,
-                "heartbeat_s": 0.05,
+                "heartbeat_s": BEAT_S,
                 "timeout_s": TIMEOUT_S,
                 **options,
             },
@@ -91,38 +100,124 @@ class Clock:
         return self.now
 
 
-def test_heartbeats_keep_a_peer_alive_and_silence_loses_it_once(
-    make: Callable[..., Links], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr("sglang_star.migration.links.time", clock)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    stopped = Clock()
+    monkeypatch.setattr("sglang_star.migration.links.time", stopped)
+    return stopped
+
+
+def watch(links: Links, *peers: Peer) -> None:
+    links.watch({peer.address: (peer, frozenset({"s"})) for peer in peers})
+
+
+class Mute:
+    """Holds its connections and reads what comes, but never says a word: as if it were frozen."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.peer = Peer(instance_id="mute", incarnation=1, address=f"tcp://127.0.0.1:{port}")
+
+    def beats(self, number: int) -> None:
+        """Wait for so many heartbeats to come."""
+        for _ in range(number):
+            assert self._socket.poll(int(HANGS_S * 1e3)), "no heartbeat came"
+            assert isinstance(decode(self._socket.recv()), Heartbeat)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+@pytest.fixture
+def mute() -> Iterator[Mute]:
+    peer = Mute()
+    yield peer
+    peer.close()
+
+
+def test_heartbeats_keep_a_peer_alive(make: Callable[..., Links], clock: Clock) -> None:
     a, b = make("a"), make("b")
-    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
-    b.watch({a.peer.address: (a.peer, frozenset({"s"}))})
+    watch(a, b.peer)
+    watch(b, a.peer)
     # Many times the time-out, with a beat from each side in every part of it.
     for _ in range(20):
         clock.now += TIMEOUT_S / 4
         for here, there in ((a, b), (b, a)):
             beat = wait_for(here, Heartbeat, never=PeerLost)
+            while not beat.live:  # the answer of one that did not watch yet
+                beat = wait_for(here, Heartbeat, never=PeerLost)
             assert beat.sender == there.peer
             assert beat.live == ("s",)
-    b.close()
-    while isinstance(a.take(), Heartbeat):
-        pass
-    clock.now += 2 * TIMEOUT_S
-    assert wait_for(a, PeerLost).peer == b.peer
+
+
+def test_silence_loses_a_peer_once(make: Callable[..., Links], clock: Clock, mute: Mute) -> None:
+    a = make("a", heartbeat_s=BEAT_S)
+    watch(a, mute.peer)
+    begun = clock.now
+    mute.beats(1)
+    while (item := a.take()) is None:
+        clock.now += BEAT_S
+        time.sleep(0.002)
+    assert item == PeerLost(mute.peer, f"silent for {TIMEOUT_S:g} s")
+    assert clock.now - begun > TIMEOUT_S
     # Nobody is watched any more: a beat of another peer comes after whatever else would.
     clock.now += 2 * TIMEOUT_S
     other = make("other")
-    other.watch({a.peer.address: (a.peer, frozenset({"t"}))})
+    watch(other, a.peer)
     assert wait_for(a, Heartbeat, never=PeerLost).sender == other.peer
 
 
-def test_a_restarted_peer_is_noticed_before_the_time_out(make: Callable[..., Links]) -> None:
+def test_who_did_not_listen_calls_nobody_silent(
+    make: Callable[..., Links], clock: Clock, mute: Mute
+) -> None:
+    """As after SIGSTOP: time has passed, and what was said meanwhile is still to be read."""
+    a = make("a", heartbeat_s=BEAT_S)
+    watch(a, mute.peer)
+    mute.beats(1)
+    clock.now += 100 * TIMEOUT_S
+    mute.beats(1)
+    assert a.take() is None
+
+
+def test_a_peer_whose_process_is_gone_is_lost_before_the_time_out(
+    make: Callable[..., Links],
+) -> None:
+    a, b = make("a", timeout_s=2 * HANGS_S), make("b")
+    watch(a, b.peer)
+    wait_for(b, Heartbeat)
+    b.close()
+    assert wait_for(a, PeerLost) == PeerLost(b.peer, "its process is gone")
+    # Nor need it ever have been reached.
+    watch(a, b.peer)
+    assert wait_for(a, PeerLost) == PeerLost(b.peer, "its process is gone")
+
+
+def test_a_peer_that_is_not_watched_may_go(make: Callable[..., Links]) -> None:
+    a, b = make("a", timeout_s=2 * HANGS_S), make("b")
+    watch(a, b.peer)
+    wait_for(b, Heartbeat)
+    watch(a)
+    b.close()
+    deadline = time.monotonic() + HANGS_S
+    while a._connections and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not a._connections, "it goes on trying to reach who is gone"
+    while (item := a.take()) is not None:
+        assert not isinstance(item, PeerLost), item
+
+
+def test_a_restarted_peer_is_noticed_before_the_time_out(
+    make: Callable[..., Links], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However long the restart takes here.
+    monkeypatch.setattr("sglang_star.migration.connection.GONE_S", HANGS_S)
     a = make("a", timeout_s=2 * HANGS_S)
     b = make("b")
     port = int(b.peer.address.rsplit(":", 1)[1])
-    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
+    watch(a, b.peer)
     wait_for(b, Heartbeat)
     b.close()
     make("b", incarnation=2, migration_port=port)

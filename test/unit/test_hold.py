@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.engine
-
-cargo_module = pytest.importorskip("sglang_star.migration.cargo")
-source_module = pytest.importorskip("sglang_star.migration.source")
-
-from sglang_star.config import StarConfig  # noqa: E402
-from sglang_star.migration.move import SLOTS  # noqa: E402
-from sglang_star.migration.report import MoveLog  # noqa: E402
-from sglang_star.migration.states import Home  # noqa: E402
-from sglang_star.protocol import (  # noqa: E402
+from sglang_star.config import StarConfig
+from sglang_star.migration.move import SLOTS
+from sglang_star.migration.report import MoveLog
+from sglang_star.migration.source import Source
+from sglang_star.migration.states import Home
+from sglang_star.protocol import (
     Commit,
     PagesReady,
     PagesTaken,
@@ -26,6 +24,7 @@ from sglang_star.protocol import (  # noqa: E402
     Release,
     Reserved,
 )
+from unit.no_faults import NoFaults
 
 HERE = Peer(instance_id="a", incarnation=1, address="tcp://127.0.0.1:1")
 THERE = Peer(instance_id="b", incarnation=1, address="tcp://127.0.0.1:2")
@@ -33,52 +32,85 @@ PROMPT, BUDGET, PAGE = 500, 64, 16
 
 
 class Engine:
-    """Instance A between two steps: everything of SGLang's that its source side touches.
+    """Instance A between two steps: the verbs that its source side uses.
 
     Attributes:
         batch: requests that decode; in_flight: whether a step of those parked is not over yet.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsupported = ""
+    page_size = PAGE
+    token_bytes = 8
+
+    def __init__(self) -> None:
         self.batch: list[Any] = []
         self.in_flight = False
         self.sent: list[Any] = []
-        self.log = MoveLog()
-        batch = source_module.batch
-        monkeypatch.setattr(batch, "is_running", lambda _, req: req in self.batch)
-        monkeypatch.setattr(batch, "park", lambda _, req: self.batch.remove(req))
-        monkeypatch.setattr(batch, "unpark", lambda _, req, log: self.batch.append(req))
-        monkeypatch.setattr(batch, "is_settled", lambda req: not self.in_flight)
-        monkeypatch.setattr(source_module.codec, "pinned", lambda req: "")
-        monkeypatch.setattr(source_module.codec, "encode_request", lambda req: (b"", b""))
-        monkeypatch.setattr(cargo_module, "export_state", lambda req: b"")
-        pages = SimpleNamespace(
-            page_size=PAGE,
-            token_bytes=8,
-            unsupported="",
-            gather=lambda *args: None,
-            release=lambda req, **_: None,
-        )
-        links = SimpleNamespace(peer=HERE, send=lambda to, message: self.sent.append(message))
-        self.source = source_module.Source(
-            SimpleNamespace(),
-            pages,
-            links,
-            SimpleNamespace(shadows={}),
+        self.ids = map(str, itertools.count())
+        self.log = MoveLog(self)  # type: ignore[arg-type]
+        self.source = Source(
+            self,  # type: ignore[arg-type]
+            SimpleNamespace(peer=HERE, send=lambda to, message: self.sent.append(message)),
+            SimpleNamespace(shadows={}),  # type: ignore[arg-type]
             self.log,
             StarConfig(copy_tokens_per_step=BUDGET, predictor="off"),
             "f",
             lambda stream: None,
         )
 
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wall(self) -> float:
+        return time.time()
+
+    def new_id(self) -> str:
+        return next(self.ids)
+
+    def is_running(self, req: Any) -> bool:
+        return req in self.batch
+
+    def is_ending(self, req: Any) -> bool:
+        return bool(req.to_finish)
+
+    def pinned(self, req: Any) -> str:
+        return ""
+
+    def tokens(self, req: Any) -> int:
+        return PROMPT + len(req.output_ids)
+
+    def max_new_tokens(self, req: Any) -> int:
+        return 99
+
+    def written(self, req: Any) -> int:
+        return PROMPT + len(req.output_ids) - 1
+
+    def is_settled(self, req: Any) -> bool:
+        return not self.in_flight
+
+    def park(self, req: Any) -> None:
+        self.batch.remove(req)
+
+    def unpark(self, req: Any) -> None:
+        self.batch.append(req)
+
+    def describe(self, req: Any) -> tuple[bytes, bytes]:
+        return b"", b""
+
+    def state(self, req: Any) -> tuple[tuple[int, ...], bytes]:
+        return (), b""
+
+    def gather(self, req: Any, start: int, end: int, slot: Any) -> None:
+        pass
+
+    def release(self, req: Any, *, keep_prefix: bool) -> None:
+        pass
+
     def request(self, tokens: int = 5) -> Any:
         ended: list[bool] = []
         req = SimpleNamespace(
             rid="r",
             output_ids=array("q", range(tokens)),
-            origin_input_ids=[0] * PROMPT,
-            seqlen=PROMPT + tokens,
-            sampling_params=SimpleNamespace(max_new_tokens=99),
             to_finish=None,
             ended=ended,
             finished=lambda: bool(ended),
@@ -112,12 +144,12 @@ class Engine:
                 self.source.on_taken(self.answer(PagesTaken, move, end=0, slot=slot))
         for req in self.batch:
             req.output_ids.append(0)
-        self.source.step()
+        self.source.step(NoFaults())
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    return Engine(monkeypatch)
+def engine() -> Engine:
+    return Engine()
 
 
 def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engine) -> None:
@@ -141,22 +173,23 @@ def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engi
     assert steps >= commit.committed_tokens // BUDGET
 
 
-def test_the_step_in_flight_still_counts(engine: Engine) -> None:
-    req = engine.request()
+@pytest.mark.parametrize("tokens", [5, 13], ids=["within a page", "at the end of a page"])
+def test_the_step_in_flight_still_counts(engine: Engine, tokens: int) -> None:
+    req = engine.request(tokens)
     engine.in_flight = True
     move = engine.start(req)
     engine.source.on_reserved(engine.answer(Reserved, move))
     for _ in range(20):
         engine.step()
     # All whole pages went, and no commit before the last token is known.
-    assert move.sent == (PROMPT + 4) // PAGE * PAGE
+    assert move.sent == (PROMPT + tokens - 1) // PAGE * PAGE
     assert move.machine.state is Home.PARKED
     req.output_ids.append(0)
     engine.in_flight = False
     engine.step()
     [commit] = engine.all_of(Commit)
-    assert len(commit.output_ids) == 6
-    assert move.sent == commit.committed_tokens == PROMPT + 5
+    assert len(commit.output_ids) == tokens + 1
+    assert move.sent == commit.committed_tokens == PROMPT + tokens
 
 
 @pytest.mark.parametrize("reserved", [False, True])

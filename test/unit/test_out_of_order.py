@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.engine
-
-arrival = pytest.importorskip("sglang_star.migration.arrival")
-relay_module = pytest.importorskip("sglang_star.migration.relay")
-source_module = pytest.importorskip("sglang_star.migration.source")
-
-from sglang_star.migration.guests import Guest, Guests  # noqa: E402
-from sglang_star.migration.move import Move  # noqa: E402
-from sglang_star.migration.report import MoveLog, clock  # noqa: E402
-from sglang_star.migration.states import (  # noqa: E402
+from sglang_star.migration.arrival import Arrivals
+from sglang_star.migration.guests import Guest, Guests
+from sglang_star.migration.move import Move
+from sglang_star.migration.relay import Relay
+from sglang_star.migration.report import MoveLog
+from sglang_star.migration.source import Source
+from sglang_star.migration.states import (
     Home,
     HomeEvent,
     Target,
@@ -26,7 +23,7 @@ from sglang_star.migration.states import (  # noqa: E402
     home_machine,
     target_machine,
 )
-from sglang_star.protocol import (  # noqa: E402
+from sglang_star.protocol import (
     Commit,
     Inserted,
     MoveFacts,
@@ -34,6 +31,7 @@ from sglang_star.protocol import (  # noqa: E402
     Reserve,
     TokenChunk,
 )
+from unit.no_faults import NoFaults
 
 
 def peer(name: str) -> Peer:
@@ -82,14 +80,30 @@ class AtHome:
     def __init__(self) -> None:
         self.req = request()
         self.sent: list[Any] = []
-        self.log = MoveLog()
-        links = SimpleNamespace(peer=A, send=lambda to, message: self.sent.append((to, message)))
-        released = SimpleNamespace(page_size=1, token_bytes=8, release=lambda req, **_: None)
-        self.relay = relay_module.Relay(SimpleNamespace(), links, self.log, timeout_s=3.0)
-        self.source = source_module.Source(
-            SimpleNamespace(), released, links, self.relay, self.log, None, "f", lambda stream: None
+        self.joined: list[Any] = []
+        self.engine: Any = SimpleNamespace(
+            page_size=1,
+            token_bytes=8,
+            now=time.monotonic,
+            wall=time.time,
+            release=lambda req, **_: None,
+            join=lambda *args: self.joined.append(args),
         )
-        clock(self.req)
+        self.log = MoveLog(self.engine)
+        self.post: Any = SimpleNamespace(
+            peer=A, send=lambda to, message: self.sent.append((to, message))
+        )
+        self.relay = Relay(self.engine, self.post, self.log, timeout_s=3.0)
+        self.source = Source(
+            self.engine,
+            self.post,
+            self.relay,
+            self.log,
+            None,  # type: ignore[arg-type]
+            "f",
+            lambda stream: None,
+        )
+        self.log.clock(self.req)
         self.move = Move(
             migration_id="to-b",
             stream_id=STREAM,
@@ -104,6 +118,7 @@ class AtHome:
             token_bytes=8,
             step_ms=1.0,
             deadline=time.monotonic() + 60,
+            started_at=time.time(),
             machine=home_machine(),
         )
         for event in (HomeEvent.ORDER, HomeEvent.RESERVED, HomeEvent.PARK, HomeEvent.COMMIT):
@@ -162,15 +177,13 @@ def test_a_message_of_the_same_move_proves_nothing() -> None:
 
 
 @pytest.fixture
-def returning(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def returning() -> SimpleNamespace:
     """A request that comes home from C with a token that home lacks: B's last one."""
     home = AtHome()
     home.hear(inserted("to-b", B, 1))
     home.hear(inserted("to-c", C, 2))
     req = home.req
-    req.kv = SimpleNamespace(kv_allocated_len=3 + 5 - 1, kv_committed_len=0)
-    links = SimpleNamespace(peer=A, send=lambda to, message: home.sent.append((to, message)))
-    guests = Guests(SimpleNamespace(), SimpleNamespace(), links, SimpleNamespace())  # type: ignore[arg-type]
+    guests = Guests(home.engine, home.post, SimpleNamespace())  # type: ignore[arg-type]
     reserve = Reserve(
         **address("to-a"),
         source=C,
@@ -198,14 +211,16 @@ def returning(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     guest.machine.fire(TargetEvent.PAGES)  # type: ignore[union-attr]
     guests.add(guest)
-    unparked: list[Any] = []
-    monkeypatch.setattr(arrival, "import_state", lambda req, state: None)
-    monkeypatch.setattr(arrival.batch, "unpark", lambda *args: unparked.append(args))
-    arrivals = arrival.Arrivals(
-        SimpleNamespace(), SimpleNamespace(), links, home.relay, guests, SimpleNamespace(), "f"
+    arrivals = Arrivals(
+        home.engine,
+        home.post,
+        home.relay,
+        guests,
+        SimpleNamespace(),  # type: ignore[arg-type]
+        "f",
     )
     return SimpleNamespace(
-        home=home, guest=guest, guests=guests, arrivals=arrivals, unparked=unparked
+        home=home, guest=guest, guests=guests, arrivals=arrivals, joined=home.joined
     )
 
 
@@ -222,13 +237,13 @@ def commit(*tokens: int) -> Commit:
 
 def test_a_commit_waits_for_the_last_tokens_of_an_earlier_host(returning: SimpleNamespace) -> None:
     returning.arrivals.on_commit(commit(0, 1, 2, 3, 4))
-    returning.arrivals.step()
-    assert not returning.unparked
+    returning.arrivals.step(NoFaults())
+    assert not returning.joined
     assert returning.guest.arriving
     assert returning.home.sent == []
     returning.home.req.output_ids.append(4)
-    returning.arrivals.step()
-    assert len(returning.unparked) == 1
+    returning.arrivals.step(NoFaults())
+    assert len(returning.joined) == 1
     assert returning.guest.machine.state is Target.INSERTED
     assert not returning.home.relay.shadows
     [(to, answer)] = returning.home.sent
@@ -241,6 +256,6 @@ def test_a_commit_for_a_stream_that_has_ended_is_refused(
     monkeypatch.setattr(returning.guests, "drop", lambda guest, why: None)
     del returning.home.relay.shadows[STREAM]
     returning.arrivals.on_commit(commit(0, 1, 2, 3))
-    assert not returning.unparked
+    assert not returning.joined
     [(to, answer)] = returning.home.sent
     assert (to, answer.message) == (C, "the stream has ended at home")
