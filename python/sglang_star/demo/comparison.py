@@ -24,8 +24,8 @@ CARD: Final = "24gb-7b"
 SLOWED: Final = 2.0
 """How much slower than the card the engines are paced, so that two cores keep up with two cards."""
 
-SHRUNK: Final = 16
-"""The model's answers are this much shorter than a 7B reasoning model's; so is what holds them."""
+RESERVED_TOKENS: Final = 32
+"""SGLang's reserve per running request; its 512 are for answers of thousands of tokens."""
 
 POOL_TOKENS: Final = 3300
 SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=60.0)
@@ -37,7 +37,7 @@ ROUTING: Final = ("--policy", "least-tokens")
 RESCHEDULING: Final = (
     *("--rescheduler-interval", "0.25"),
     *("--rescheduler-param", f"tpot_slo_ms={SLO.tpot_ms}"),
-    # The defaults are for answers of thousands of tokens; these last a sixteenth of that.
+    # The defaults are for answers of thousands of tokens; these are tens of times shorter.
     *("--rescheduler-param", "horizon_steps=256"),
     *("--rescheduler-param", "cooldown_s=4"),
     # All moves are between the same two instances.
@@ -67,8 +67,7 @@ def spec(predictor: str) -> ClusterSpec:
         ),
         decode_arguments=(
             *("--max-total-tokens", str(POOL_TOKENS)),
-            # SGLang's default of 512 per running request, shrunk like the answers.
-            *("--num-reserved-decode-tokens", str(512 // SHRUNK)),
+            *("--num-reserved-decode-tokens", str(RESERVED_TOKENS)),
         ),
         router_arguments=ROUTING,
     )
