@@ -33,6 +33,9 @@ SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=60.0)
 FULL: Final = Workload(bursts=3, size=30, gap_s=10.0, max_tokens=640)
 QUICK: Final = Workload(bursts=2, size=33, gap_s=5.0, max_tokens=320)
 
+QUESTION: Final = "Compute gcd(84,36) by subtraction."
+"""One this model was made for."""
+
 ROUTING: Final = ("--policy", "least-tokens")
 RESCHEDULING: Final = (
     *("--rescheduler-interval", "0.25"),
