@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from sglang_star.demo.estimates import Estimate
 from sglang_star.demo.prompts import CHAT, Prompt
 from sglang_star.demo.replay import replay
 from sglang_star.demo.report import Findings
-from sglang_star.demo.run import parser
+from sglang_star.demo.run import parser, stay
 from sglang_star.demo.screen import Screen, bar, move_line
 from sglang_star.demo.side import Side, Slo, moves_of, summary
 from sglang_star.demo.twins import Twin, twins_of
@@ -607,6 +608,25 @@ def test_the_page_says_how_the_engines_are_paced_and_what_is_equal() -> None:
 def test_chat_prompts_are_a_dozen_greedy_ones() -> None:
     assert len({p.name for p in CHAT}) == len(CHAT) == 12
     assert all(p.seed is None for p in CHAT)
+
+
+def test_a_kept_cluster_tells_how_to_ask_it(capsys: pytest.CaptureFixture[str]) -> None:
+    class Kept:
+        url = "http://127.0.0.1:9"
+        changes: dict[str, Any] = {}  # noqa: RUF012
+
+        def replace_router(self, **changes: Any) -> None:
+            self.changes = changes
+
+        def check(self) -> None:
+            raise KeyboardInterrupt
+
+    kept = Kept()
+    stay(kept, conversation.QUESTION)  # type: ignore[arg-type]
+    assert kept.changes == {"rescheduler": "star"}
+    words = shlex.split(capsys.readouterr().out.partition("  curl")[2])
+    assert "http://127.0.0.1:9/v1/chat/completions" in words
+    assert json.loads(words[-1])["messages"][0]["role"] == "user"
 
 
 def test_options() -> None:

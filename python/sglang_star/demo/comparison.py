@@ -24,25 +24,27 @@ CARD: Final = "24gb-7b"
 SLOWED: Final = 2.0
 """How much slower than the card the engines are paced, so that two cores keep up with two cards."""
 
-SHRUNK: Final = 16
-"""The model's answers are this much shorter than a 7B reasoning model's; so is what holds them."""
+RESERVED_TOKENS: Final = 32
+"""SGLang's reserve per running request; its 512 are for answers of thousands of tokens."""
 
-POOL_TOKENS: Final = 3400
+POOL_TOKENS: Final = 3300
 SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=60.0)
 
 FULL: Final = Workload(bursts=3, size=30, gap_s=10.0, max_tokens=640)
 QUICK: Final = Workload(bursts=2, size=33, gap_s=5.0, max_tokens=320)
 
+QUESTION: Final = "Compute gcd(84,36) by subtraction."
+"""One this model was made for."""
+
 ROUTING: Final = ("--policy", "least-tokens")
 RESCHEDULING: Final = (
     *("--rescheduler-interval", "0.25"),
     *("--rescheduler-param", f"tpot_slo_ms={SLO.tpot_ms}"),
-    # The defaults are for answers of thousands of tokens; these last a sixteenth of that.
+    # The defaults are for answers of thousands of tokens; these are tens of times shorter.
     *("--rescheduler-param", "horizon_steps=256"),
-    *("--rescheduler-param", "cooldown_s=2"),
-    # Two instances are few, and chance weighs more than in a large fleet.
+    *("--rescheduler-param", "cooldown_s=4"),
+    # All moves are between the same two instances.
     *("--rescheduler-param", "moves_per_instance=2"),
-    *("--rescheduler-param", "risk_sigma=1.5"),
 )
 
 _WARM_UP: Final = 16
@@ -68,8 +70,7 @@ def spec(predictor: str) -> ClusterSpec:
         ),
         decode_arguments=(
             *("--max-total-tokens", str(POOL_TOKENS)),
-            # SGLang's default of 512 per running request, shrunk like the answers.
-            *("--num-reserved-decode-tokens", str(512 // SHRUNK)),
+            *("--num-reserved-decode-tokens", str(RESERVED_TOKENS)),
         ),
         router_arguments=ROUTING,
     )

@@ -27,6 +27,8 @@ MOVE_AT_TOKENS: Final = 8
 HOLD_AFTER_TOKENS: Final = 4
 """So many tokens later it is taken out of the batch, so that no move loses a race to the end."""
 
+QUESTION: Final = "Tell me about the tides."
+
 
 def spec(predictor: str) -> ClusterSpec:
     """Return two engines that do both phases: the fewest between which a request can move."""

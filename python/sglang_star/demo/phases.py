@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-START_CORE_S: Final = 90.0
+START_CORE_S: Final = 40.0
 """Processor time that starting a cluster takes; with more cores it is spread over them."""
 
-LEAST_START_S: Final = 20.0
+LEAST_START_S: Final = 10.0
 
 
 def cores() -> int:

@@ -21,8 +21,8 @@ from sglang_star.demo.workload import Workload
 from sglang_star.forkserver import ForkServer
 from sglang_star.machine import has_gpu
 
-PLAYING_S: Final = 130.0
-QUICK_PLAYING_S: Final = 45.0
+PLAYING_S: Final = 155.0
+QUICK_PLAYING_S: Final = 55.0
 """Measured; what is played takes as long on every machine that keeps up."""
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         found = Findings(without, rescheduled, talk, steps.took, time.monotonic() - began)
         wrong = publish(found, workload, out)
         if arguments.keep:
-            stay(cluster)
+            stay(cluster, comparison.QUESTION if arguments.quick else conversation.QUESTION)
     return 1 if wrong else 0
 
 
@@ -89,18 +89,23 @@ def publish(found: Findings, workload: Workload, out: Path) -> list[str]:
     return wrong
 
 
-def stay(cluster: Cluster) -> None:
-    """Leave the cluster up, rescheduling on, until Ctrl-C.
+def stay(cluster: Cluster, question: str) -> None:
+    """Leave the cluster up, rescheduling on, until Ctrl-C, and say how to ask it ``question``.
 
     Raises:
         SetupError: one of its processes ended.
     """
     cluster.replace_router(rescheduler="star")
     print(f"\nthe cluster stays up until Ctrl-C; watch it at {cluster.url}/dashboard and ask it:")
+    body = {
+        "model": "star",
+        "stream": True,
+        "max_tokens": 400,
+        "messages": [{"role": "user", "content": question}],
+    }
     print(
         f"  curl -N {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        """    -d '{"model": "star", "stream": true, "max_tokens": 400, \\\n"""
-        """         "messages": [{"role": "user", "content": "Tell me about the tides."}]}'""",
+        f"    -d '{json.dumps(body)}'",
         flush=True,
     )
     with contextlib.suppress(KeyboardInterrupt):

@@ -53,6 +53,7 @@ class Screen:
         loads = self._watcher.latest().values()
         if self._terminal:
             width = shutil.get_terminal_size().columns
+            lines = [line[: width - 1] for line in lines]
             picture = [head[: width - 1], *(bar(load, width) for load in loads)]
             # Back up over the old picture, clear it; moves stay above the new one.
             self._out.write(f"\033[{self._drawn}F\033[J" if self._drawn else "")

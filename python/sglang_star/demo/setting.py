@@ -29,13 +29,14 @@ def paragraphs(workload: Workload) -> list[str]:
         "the rescheduler differs. It goes by the estimates of the model's packaged head.",
         f"What is modelled: these are real SGLang engines on a CPU, but every step is held back "
         f"until a 24 GB card with a 7B model ({profile.base_ms:.0f} ms a step), slowed "
-        f"{c.SLOWED:g} times, would have finished it. Answers are about {c.SHRUNK} times shorter "
-        f"than such a model's, and so are the pool of each decode engine ({c.POOL_TOKENS:,} tokens "
-        f"of KV; the card would hold {profile.kv_capacity:,}) and SGLang's reserve per running "
-        f"request ({512 // c.SHRUNK} instead of 512 tokens).",
+        f"{c.SLOWED:g} times, would have finished it. Answers are tens of times shorter "
+        f"than such a model's, so what holds them is smaller too: the pool of each decode engine "
+        f"({c.POOL_TOKENS:,} tokens of KV; the card's would be {profile.kv_capacity:,}), SGLang's "
+        f"reserve per running request ({c.RESERVED_TOKENS} instead of 512 tokens) and how far the "
+        "rescheduler looks ahead (256 instead of 1,536 steps).",
         "What was chosen: bursts whose peak both pools together can hold, but one pool alone may "
-        "not, since this is where moving can help. At half this load nothing overflows and nothing "
-        "moves; at twice of it both pools are full and moving cannot make room.",
+        "not, since this is where moving can help. With much less load nothing overflows and "
+        "nothing moves; with much more, both pools are full and moving cannot make room.",
         f"Problems whose worked solution is longer than {LONGEST} tokens are left out, so that the "
         "demo stays short.",
     ]
