@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,8 +149,12 @@ class Engine:
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine()
+def engine() -> Iterator[Engine]:
+    made = Engine()
+    yield made
+    # A carrier whose target never answered still has its name.
+    for move in made.source.moves.values():
+        move.carrier.close()
 
 
 def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engine) -> None:
