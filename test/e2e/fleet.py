@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from sglang_star.cluster import Cluster
 HANGS_S = 300.0
 """What takes longer than this will never happen."""
 
+
+_PROVOKED: dict[str, dict[str, int]] = {}
+"""Defects that tests brought about, by the engine's address; any other is one of ours."""
 
 PROMPT_IDS = list(range(1000, 1060, 3))
 
@@ -175,6 +179,7 @@ class Fleet:
         for name, status in (await self.statuses()).items():
             assert status["kv_used_tokens"] == 0, f"{name} leaks KV"
             assert status["armed"] == 0, f"{name} still has orders"
+            assert status["faults"] == _PROVOKED.get(self.engines[name], {}), f"{name}: see its log"
 
     async def _flush(self, url: str) -> None:
         async def flushed() -> bool:
@@ -182,6 +187,18 @@ class Fleet:
                 return answer.status == 200
 
         await until(flushed, f"{url} flushes its cache: it holds something")
+
+    async def faults(self, name: str, counts: dict[str, int]) -> None:
+        """Wait until an engine has met just these defects, beside those provoked before."""
+        wanted = Counter(_PROVOKED.get(self.engines[name], {})) + Counter(counts)
+
+        async def met() -> bool:
+            found = (await self.status(name))["faults"]
+            assert not Counter(found) - wanted, found
+            return bool(found == wanted)
+
+        await until(met, f"{name} meets {counts}")
+        _PROVOKED[self.engines[name]] = dict(wanted)
 
     # ------------------------------------------------------------------ orders
 

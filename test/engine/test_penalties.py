@@ -16,7 +16,7 @@ import torch
 
 pytestmark = pytest.mark.engine
 
-penalties = pytest.importorskip("sglang_star.migration.penalties")
+penalties = pytest.importorskip("sglang_star.engine.penalties")
 penaltylib = pytest.importorskip("sglang.srt.sampling.penaltylib")
 schedule_batch = pytest.importorskip("sglang.srt.managers.schedule_batch")
 forward = pytest.importorskip("sglang.srt.model_executor.forward_batch_info")

@@ -29,6 +29,7 @@ import zmq
 
 from sglang_star.errors import ConfigError, ProtocolError
 from sglang_star.migration.connection import Connection
+from sglang_star.migration.post import PeerLost
 from sglang_star.migration.watch import Watch
 from sglang_star.protocol import (
     Heartbeat,
@@ -48,14 +49,6 @@ MAX_MESSAGE_BYTES = 64 << 20
 URGENT = (TokenChunk, Inserted, Reserved, PagesTaken)
 """What may be handled while a decode step runs, since it touches no request that is in it: a
 relayed token need not wait for home's own step."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLost:
-    """Put into the inbox once when a watched peer is gone, has restarted or is silent too long."""
-
-    peer: Peer
-    why: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from sglang_star.migration.penalties import PENALTY_LOG
+from sglang_star.engine.penalties import PENALTY_LOG
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
