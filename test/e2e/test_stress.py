@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
 from typing import Any
 
 import aiohttp
@@ -239,9 +237,7 @@ def test_streams_survive_the_death_of_their_host(trio: Cluster) -> None:
             ]
             for report in await fleet.reports(moves):
                 assert report["outcome"] == "moved"
-            for process in doomed:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill(doomed)
             del fleet.engines[host], fleet.all_engines[host]
 
             async def reclaimed() -> bool:
@@ -266,17 +262,17 @@ def test_guests_of_a_dead_home_are_dropped(trio: Cluster) -> None:
             assert len(alive) == 2
             home, host = alive
             request = body(1)
-            request["sampling_params"]["max_new_tokens"] = 3000
+            request["rid"] = new_rid("orphan")
+            request["sampling_params"]["max_new_tokens"] = LIMIT
+            move = await fleet.arm(request["rid"], home, host, Hop(10))
             task = asyncio.create_task(stream(fleet, fleet.engines[home], request))
             for name in list(fleet.engines):
                 if name not in alive:
                     del fleet.engines[name]
                     del fleet.all_engines[name]
-            assert await move_some(fleet, home, host)
-            kill_engine(fleet.engines[home])
-            for name in (home,):
-                del fleet.engines[name]
-                del fleet.all_engines[name]
+            assert (await fleet.report(move))["outcome"] == "moved"
+            kill(family(fleet.engines[home]))
+            del fleet.engines[home], fleet.all_engines[home]
             with pytest.raises(aiohttp.ClientError):
                 await task
             await fleet.settle()
@@ -292,20 +288,6 @@ async def is_up(fleet: Fleet, url: str) -> bool:
     return True
 
 
-async def move_some(fleet: Fleet, home: str, host: str) -> int:
-    """Order everything at ``home`` to ``host`` until something decodes there."""
-    for _ in range(300):
-        status = await fleet.get(fleet.engines[home] + "/star/status")
-        for request in status["requests"]:
-            await fleet.order(request["rid"], home, host)
-        there = await fleet.get(fleet.engines[host] + "/star/status")
-        guests = [r for r in there["requests"] if r["home"] == home and r["output_tokens"] > 2]
-        if guests:
-            return len(guests)
-        await asyncio.sleep(0.02)
-    return 0
-
-
 def family(url: str) -> list[psutil.Process]:
     """The process that listens at ``url`` and all its descendants."""
     port = int(url.rsplit(":", 1)[1])
@@ -317,20 +299,8 @@ def family(url: str) -> list[psutil.Process]:
     raise AssertionError(f"nothing listens on {port}")
 
 
-def kill_engine(url: str) -> None:
-    """SIGKILL the engine that listens at ``url``, with its children."""
-    port = int(url.rsplit(":", 1)[1])
-    for process in psutil.process_iter():
-        try:
-            listens = any(
-                c.status == psutil.CONN_LISTEN and c.laddr.port == port
-                for c in process.net_connections("tcp")
-            )
-        except (psutil.AccessDenied, psutil.NoSuchProcess):
-            continue
-        if listens:
-            family = [process, *process.children(recursive=True)]
-            for member in family:
-                os.kill(member.pid, signal.SIGKILL)
-            return
-    raise AssertionError(f"nothing listens on {port}")
+def kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL each; some end with their parent before it is their turn."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
