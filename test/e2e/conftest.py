@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from sglang_star.cluster import Cluster
-from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.cluster_layout import CPU_ENVIRONMENT, ClusterSpec
+from sglang_star.forkserver import ForkServer
+from sglang_star.machine import has_gpu
 from sglang_star.model import tiny_model
 from unit.tiny_head import head_for
 
@@ -64,9 +66,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer | None]:
+    """SGLang imported once for all clusters of the session, where engines can be forks."""
+    if has_gpu():
+        yield None
+        return
+    with ForkServer(tmp_path_factory.mktemp("forks") / "imports.log", CPU_ENVIRONMENT) as server:
+        yield server
+
+
 @pytest.fixture(scope="session", params=list(LAYOUTS))
 def cluster(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    forks: ForkServer | None,
 ) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp(request.param)
     spec = ClusterSpec(
@@ -77,5 +91,5 @@ def cluster(
         router_arguments=PATIENT_ROUTER,
         **LAYOUTS[request.param],  # type: ignore[arg-type]
     )
-    with Cluster(spec, folder) as running:
+    with Cluster(spec, folder, forks=forks) as running:
         yield running

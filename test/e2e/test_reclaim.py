@@ -20,6 +20,7 @@ from e2e.fleet import Endless, Fleet, Hop, new_rid, until
 from e2e.test_stress import family
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.forkserver import ForkServer
 from sglang_star.model import tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -48,7 +49,9 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
 def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    forks: ForkServer | None,
 ) -> Iterator[Cluster]:
     """Two engines that decode and wait for a silent peer as short as is safe."""
     spec = ClusterSpec(
@@ -60,7 +63,7 @@ def pair(
         router_arguments=PATIENT_ROUTER,
         **LAYOUTS[request.param],
     )
-    with Cluster(spec, tmp_path_factory.mktemp(request.param)) as running:
+    with Cluster(spec, tmp_path_factory.mktemp(request.param), forks=forks) as running:
         yield running
 
 

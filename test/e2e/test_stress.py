@@ -21,6 +21,7 @@ from e2e.conftest import COMMON
 from e2e.fleet import Endless, Fleet, Hop, new_rid, until
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.forkserver import ForkServer
 from sglang_star.model import tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -137,7 +138,7 @@ async def storm(fleet: Fleet, twins: dict[int, list[int]]) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def trio(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def trio(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer | None):  # type: ignore[no-untyped-def]
     spec = ClusterSpec(
         model=str(tiny_model()),
         aggregated=3,
@@ -149,7 +150,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
             *("--num-reserved-decode-tokens", str(RESERVE)),
         ),
     )
-    with Cluster(spec, tmp_path_factory.mktemp("storm")) as running:
+    with Cluster(spec, tmp_path_factory.mktemp("storm"), forks=forks) as running:
         yield running
 
 
