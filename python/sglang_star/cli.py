@@ -57,6 +57,7 @@ STAR: Final = Group(
                 "serving": Command("a cluster under load", "sglang_star_bench.serving"),
                 "policy": Command("policies side by side", "sglang_star_bench.policy_bench"),
                 "migration": Command("the stall of a move", "sglang_star_bench.migration"),
+                "start": Command("a cluster to its first token", "sglang_star_bench.start"),
                 "overhead": Command("STAR at rest against SGLang", "sglang_star_bench.overhead"),
                 "attention": Command("decode on a CPU", "sglang_star_bench.attention"),
                 "kv-copy": Command("copying KV pages", "sglang_star_bench.kv_copy"),

@@ -37,7 +37,7 @@ class Cluster:
 
     Attributes:
         forks: what engines are forked from; without one the cluster makes its own for the time of
-            its start, where that is possible.
+            its start, where that is possible and ``fork`` allows it.
         url: the router's address, once started; engines: where the engines are.
     """
 
@@ -45,6 +45,7 @@ class Cluster:
     logs: Path
     report: Report = print
     forks: ForkServer | None = None
+    fork: bool = True
     url: str = ""
     engines: tuple[Engine, ...] = ()
     _processes: list[ServerProcess] = field(default_factory=list)
@@ -126,7 +127,7 @@ class Cluster:
 
     def _fork_server(self, stack: contextlib.ExitStack) -> ForkServer | None:
         """Start a fork server of our own, if these engines can be forks."""
-        if not all(forkable(engine.command) for engine in self.engines):
+        if not self.fork or not all(forkable(engine.command) for engine in self.engines):
             return None
         return stack.enter_context(
             ForkServer(self.logs / "imports.log", CPU_ENVIRONMENT, star=self.spec.star)

@@ -53,7 +53,10 @@ class StarConfig:
     )
     heartbeat_s: float = _flag(0.25, "Time between heartbeats to a peer with live moves.", "S")
     peer_timeout_s: float = _flag(
-        3.0, "A peer silent for this long is dead: guests are dropped, shadows reclaimed.", "S"
+        10.0,
+        "A peer silent for this long is given up: its guests are dropped, requests that decode "
+        "there are recomputed here. One whose process is gone is noticed within about a second.",
+        "S",
     )
     paced: str = _flag(
         "",

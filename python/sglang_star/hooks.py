@@ -177,8 +177,15 @@ HOOKS: tuple[Hook, ...] = (
         Scope.SCHEDULER,
         "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
         "around",
-        "sglang_star.migration.batch:cumulate_penalty_output_tokens",
-        "log what each penalised request has accumulated, so that a target can repeat it",
+        "sglang_star.engine.penalties:cumulate_penalty_output_tokens",
+        "log what each penalised request has accumulated",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+        "after",
+        "sglang_star.engine.penalties:from_schedule_batch",
+        "give it back in every new batch: SGLang's retraction forgets it, and so would a move",
     ),
     Hook(
         Scope.SCHEDULER,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from sglang_star import SGLANG_VERSION, __version__
-from sglang_star.migration.pages import KvPages
+from sglang_star.engine.pages import KvPages
 from sglang_star.status import ROLES
 
 if TYPE_CHECKING:

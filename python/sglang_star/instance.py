@@ -8,41 +8,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import zmq
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_star import __version__
 from sglang_star.config import StarConfig
-from sglang_star.errors import StarError
+from sglang_star.engine.real import SglangEngine
+from sglang_star.engine.verbs import Request
+from sglang_star.faults import Faults
 from sglang_star.identity import fingerprint_of, host_token
-from sglang_star.migration.armed import ArmedOrders
-from sglang_star.migration.arrival import Arrivals
-from sglang_star.migration.batch import PENALTY_LOG
-from sglang_star.migration.guests import Guests
-from sglang_star.migration.links import Links, Order, PeerLost
-from sglang_star.migration.outflow import Outflow
-from sglang_star.migration.pages import KvPages
-from sglang_star.migration.relay import Relay
-from sglang_star.migration.report import CLOCK, MoveLog
-from sglang_star.migration.source import Source
+from sglang_star.migration.links import Links, Order
+from sglang_star.migration.mover import Mover
+from sglang_star.migration.post import PeerLost
 from sglang_star.orders import Orders
 from sglang_star.platform import device
-from sglang_star.protocol import (
-    PROTOCOL_VERSION,
-    Advertisement,
-    Commit,
-    Heartbeat,
-    Inserted,
-    MigrationMessage,
-    PagesReady,
-    PagesTaken,
-    Parked,
-    Peer,
-    Refused,
-    Release,
-    Reserve,
-    Reserved,
-    TokenChunk,
-)
+from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, MigrationMessage, Peer
 from sglang_star.status import ROLES, StatusReporter, StepTimer
 
 if TYPE_CHECKING:
@@ -69,8 +47,8 @@ class Instance:
         self._scheduler = scheduler
         self._config = config
         role = ROLES[scheduler.disaggregation_mode]
-        pages = KvPages(scheduler)
-        fingerprint = fingerprint_of(scheduler, pages)
+        engine = SglangEngine(scheduler)
+        fingerprint = fingerprint_of(scheduler, engine.pages)
         self._links = Links(
             config.instance_id or f"{role}@{args.host}:{args.port}",
             time.time_ns(),
@@ -81,49 +59,21 @@ class Instance:
             heartbeat_s=config.heartbeat_s,
             timeout_s=config.peer_timeout_s,
         )
-        log = MoveLog()
-        self._log = log
+        self._faults = Faults()
         self._timer = StepTimer()
-        self._relay = Relay(scheduler, self._links, timeout_s=config.peer_timeout_s, log=log)
-        self._guests = Guests(scheduler, pages, self._links, config)
-        self._outflow = Outflow(self._links, self._guests)
-        self._arrivals = Arrivals(
-            scheduler, pages, self._links, self._relay, self._guests, config, fingerprint
-        )
-        self._source = Source(
-            scheduler,
-            pages,
-            self._links,
-            self._relay,
-            log,
-            config,
-            fingerprint,
-            self._guests.handed_over,
-        )
-        armed = ArmedOrders()
+        self._mover = Mover(engine, self._links, config, fingerprint, self._faults)
         self._status = StatusReporter(
-            scheduler,
-            self._links.peer,
-            pages,
-            self._source,
-            self._guests,
-            log,
-            armed,
-            self._timer,
+            scheduler, engine, self._links.peer, self._mover, self._timer, self._faults
         )
         self._next_status = 0.0
-        self._watched: frozenset[tuple[str, str]] = frozenset()
+        self._watched: frozenset[tuple[Peer, str]] = frozenset()
         self._orders = Orders(
-            scheduler,
-            self._source,
-            self._guests,
-            self._relay,
-            self._status,
-            self._timer,
-            log,
-            armed,
+            engine,
+            self._mover,
             self._links.peer,
             config,
+            status=lambda: self._status.snapshot(all_reports=True),
+            step_ms=lambda: self._timer.ema_ms,
         )
         self.advertisement = Advertisement(
             protocol_version=PROTOCOL_VERSION,
@@ -153,23 +103,26 @@ class Instance:
     def tick(self) -> None:
         """Handle what arrived, advance moves, publish; SGLang is between two steps."""
         self._receive()
-        if self._guests.by_stream:
+        if self._mover.guests.by_stream:
             self._await_commit()
-        if self._source.moves:
-            self._source.step()
-        if self._guests.by_stream:
-            self._arrivals.step()
-            self._guests.step()
-        self._orders.step()
-        self._relay.flush()
-        self._watch()
+        self._mover.step()
+        with self._faults.contained("orders"):
+            self._orders.step()
+        self._mover.flush()
+        with self._faults.contained("heartbeats"):
+            self._watch()
         if time.monotonic() >= self._next_status:
             self._next_status = time.monotonic() + self._config.status_interval_ms / 1e3
-            self._links.publish(self._status.snapshot())
+            with self._faults.contained("the status"):
+                self._links.publish(self._status.snapshot())
 
     def _receive(self, *, urgent_only: bool = False) -> None:
         while (item := self._links.take(urgent_only=urgent_only)) is not None:
-            self._handle(item)
+            if isinstance(item, Order):
+                with self._faults.contained("an order"):
+                    self._links.reply(item, self._orders.obey(item.message))
+            elif isinstance(item, MigrationMessage | PeerLost):
+                self._mover.handle(item)
 
     def _await_commit(self) -> None:
         """Let a guest that is about to arrive catch the step that would be queued now.
@@ -182,80 +135,28 @@ class Instance:
             return
         running = device.pending(queue[-1][1])
         until = time.monotonic() + HOLD_SHARE * self._timer.ema_ms / 1e3
-        while self._guests.expecting() and time.monotonic() < until and running():
+        while self._mover.guests.expecting() and time.monotonic() < until and running():
             if self._links.idle():
                 self._links.wait(POLL_S)
             self._receive()
-            self._relay.flush()
+            self._mover.flush()
 
     def await_result(self, result: object) -> None:
         """Pass tokens on to our clients while the device works on ``result``."""
         running = device.pending(result)
-        while (self._relay.shadows or self._source.moves) and running():
+        while self._mover.under_way and running():
             if self._links.idle() or not self._links.urgent:
                 self._links.wait(POLL_S)
             self._receive(urgent_only=True)
-            self._relay.flush()
+            self._mover.flush()
         device.settle(result)
-
-    def _handle(self, item: object) -> None:
-        try:
-            if self._source.moves and isinstance(item, MigrationMessage):
-                self._source.proven(item)
-            match item:
-                case TokenChunk():
-                    self._relay.on_chunk(item)
-                case PagesReady():
-                    self._arrivals.on_pages(item)
-                case Parked():
-                    self._arrivals.on_parked(item)
-                case PagesTaken():
-                    self._source.on_taken(item)
-                case Heartbeat():
-                    live = frozenset(item.live)
-                    self._relay.on_live(item.sender, live)
-                    self._guests.on_live(item.sender, live)
-                case Reserve():
-                    self._arrivals.on_reserve(item)
-                case Reserved():
-                    self._source.on_reserved(item)
-                case Refused():
-                    self._source.on_refused(item)
-                case Commit():
-                    self._arrivals.on_commit(item)
-                case Inserted():
-                    self._on_inserted(item)
-                case Release():
-                    self._guests.on_release(item)
-                case PeerLost():
-                    logger.warning("STAR lost %s: %s", item.peer.instance_id, item.why)
-                    self._source.on_lost(item.peer, item.why)
-                    self._guests.on_lost(item.peer, item.why)
-                    self._relay.on_lost(item.peer, item.why)
-                case Order():
-                    self._links.reply(item, self._orders.obey(item.message))
-        except StarError as error:
-            logger.warning("STAR ignores %s: %s", type(item).__name__, error)
-
-    def _on_inserted(self, message: Inserted) -> None:
-        if message.migration_id in self._source.moves:
-            self._source.on_inserted(message)
-        else:
-            self._relay.on_inserted(message)
 
     def _watch(self) -> None:
         """Tell the links thread whom to exchange heartbeats with, when that changed."""
-        pairs = {(s.host, s.stream_id) for s in self._relay.shadows.values()}
-        pairs |= {(m.target, m.stream_id) for m in self._source.moves.values()}
-        for guest in self._guests.by_stream.values():
-            if guest.reserve.home != self._links.peer:
-                pairs.add((guest.reserve.home, guest.reserve.stream_id))
-            if guest.arriving:
-                pairs.add((guest.reserve.source, guest.reserve.stream_id))
-        key = frozenset((peer.address, stream) for peer, stream in pairs)
-        if key == self._watched:
+        pairs = self._mover.watched()
+        if pairs == self._watched:
             return
-        self._watched = key
+        self._watched = pairs
         peers: dict[str, tuple[Peer, frozenset[str]]] = {}
         for peer, stream in pairs:
             known = peers.get(peer.address, (peer, frozenset()))[1]
@@ -267,9 +168,7 @@ class Instance:
     @property
     def holds_kv_off_batch(self) -> bool:
         """Whether KV is held that SGLang's accounting does not see."""
-        return bool(self._guests.arriving()) or any(
-            move.off_batch for move in self._source.moves.values()
-        )
+        return self._mover.holds_kv_off_batch
 
     def may_sleep(self) -> bool:
         """Whether nothing waits for the next tick; call before anything that polls for work."""
@@ -283,41 +182,27 @@ class Instance:
         """SGLang is about to queue ``req``; True if it is ours to keep."""
         if is_retracted:
             self._status.retractions += 1
-            # SGLang forgets accumulated penalties when it retracts; so must a later move.
-            req.__dict__.pop(PENALTY_LOG, None)
             return False
-        return self._arrivals.rebuilt(req)
+        return self._mover.rebuilt(req)
 
     def emit(self, reqs: list[Req]) -> list[Req]:
         """Divert guests' output; return the requests whose clients are ours."""
-        own = reqs
-        if self._guests.by_rid:
-            own = [req for req in reqs if not self._outflow.emit(req)]
-        for req in own:
-            if CLOCK in req.__dict__:
-                self._log.token(req)
-        return own
+        return list(self._mover.emit(reqs))
 
     def aborted(self, rid: str, reason: dict[str, Any] | None) -> bool:
         """SGLang ends a request outside the output stream; True if it was a guest."""
-        return self._outflow.aborted_here(rid, reason)
+        return self._mover.aborted(rid, reason)
 
-    def abort(self, wanted: Callable[[Req], bool], reason: FINISH_ABORT) -> None:
+    def abort(self, wanted: Callable[[Request], bool], reason: dict[str, Any]) -> None:
         """An abort of SGLang's, for requests that it does not find in its batch."""
-        self._relay.abort(wanted, reason)
-        for move in list(self._source.moves.values()):
-            if move.off_batch and wanted(move.req):
-                self._source.abort(move, "aborted")
-                move.req.finished_reason = reason
-                move.req.time_stats.set_completion_time()
-                self._scheduler.output_streamer.stream_output([move.req], move.req.return_logprob)
+        self._mover.abort(wanted, reason)
 
     def overdue(self, started_before: float) -> list[str]:
         """Rids of shadows whose forward started before that ``time.perf_counter()``."""
         return [
             shadow.req.rid
-            for shadow in self._relay.shadows.values()
-            if 0 < shadow.req.time_stats.forward_entry_time < started_before
+            for shadow in self._mover.relay.shadows.values()
+            if 0 < shadow.req.time_stats.forward_entry_time < started_before  # type: ignore[attr-defined]
         ]
 
     def decoded(self, *, steady: bool) -> None:

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import logging
-import time
-import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import orjson
 from msgspec import structs
-from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_star.config import StarConfig
+from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import NotMovable, OrderRefused, StarError, UnknownRequest
-from sglang_star.migration.armed import MAX_WAIT_S, ArmedOrder, ArmedOrders
-from sglang_star.migration.guests import Guest, Guests
+from sglang_star.migration.armed import MAX_WAIT_S, ArmedOrder
+from sglang_star.migration.guests import Guest
 from sglang_star.migration.move import Move
-from sglang_star.migration.relay import ARRIVED, Relay
-from sglang_star.migration.report import MoveLog
-from sglang_star.migration.source import Source
+from sglang_star.migration.mover import Mover
+from sglang_star.migration.relay import ARRIVED
 from sglang_star.protocol import (
     DRAIN,
     DisarmOrder,
     DrainOrder,
+    InstanceStatus,
     MigrateOrder,
     OrderReply,
     Peer,
     StatusOrder,
     UndrainOrder,
 )
-from sglang_star.status import StatusReporter, StepTimer
-
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -46,27 +39,24 @@ class Orders:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        source: Source,
-        guests: Guests,
-        relay: Relay,
-        status: StatusReporter,
-        timer: StepTimer,
-        log: MoveLog,
-        armed: ArmedOrders,
+        engine: Engine,
+        mover: Mover,
         here: Peer,
         config: StarConfig,
+        *,
+        status: Callable[[], InstanceStatus],
+        step_ms: Callable[[], float],
     ) -> None:
-        self._scheduler = scheduler
-        self._source = source
-        self._guests = guests
-        self._relay = relay
-        self._status = status
-        self._timer = timer
-        self._log = log
-        self._armed = armed
+        self._engine = engine
+        self._source = mover.source
+        self._guests = mover.guests
+        self._relay = mover.relay
+        self._log = mover.log
+        self._armed = mover.armed
         self._here = here
         self._config = config
+        self._status = status
+        self._step_ms = step_ms
         self._drain_targets: list[Peer] = []
         self._drain_next = 0.0
 
@@ -86,8 +76,7 @@ class Orders:
     def _carry_out(self, message: object) -> bytes:
         match message:
             case StatusOrder():
-                snapshot = self._status.snapshot(all_reports=True)
-                return orjson.dumps(structs.asdict(snapshot), default=structs.asdict)
+                return orjson.dumps(structs.asdict(self._status()), default=structs.asdict)
             case MigrateOrder() if message.at_tokens > 0:
                 order = self.arm(message)
                 return orjson.dumps({"migration_id": order.migration_id, "armed": True})
@@ -128,14 +117,14 @@ class Orders:
                 hint=f"give expire_s between 0 and {MAX_WAIT_S:.0f}",
             )
         order = ArmedOrder(
-            migration_id=uuid.uuid4().hex,
+            migration_id=self._engine.new_id(),
             rid=message.rid,
             target=message.target,
             reason=message.reason,
             at_tokens=message.at_tokens,
             hold_after=_hold(message),
-            armed_at=time.time(),
-            expires_at=time.monotonic() + message.expire_s,
+            armed_at=self._engine.wall(),
+            expires_at=self._engine.now() + message.expire_s,
         )
         self._armed.add(order)
         return order
@@ -163,7 +152,7 @@ class Orders:
                     rid,
                     target,
                     reason,
-                    step_ms=self._timer.ema_ms,
+                    step_ms=self._step_ms(),
                     guest_of=(guest.reserve.stream_id, guest.reserve.home) if guest else None,
                     hold_after=hold_after,
                     migration_id=migration_id,
@@ -179,32 +168,28 @@ class Orders:
         )
 
     def _check_role(self) -> None:
-        if self._scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
+        if not self._engine.serves_decode:
             raise OrderRefused("a prefill instance has no decoding requests to move")
 
-    def _movable(self) -> Iterator[tuple[str, Req, Guest | None]]:
+    def _movable(self) -> Iterator[tuple[str, Request, Guest | None]]:
         """What decodes here: guests by the name their client knows, then our own requests."""
         for guest in self._guests.by_stream.values():
             if guest.req is not None and not guest.arriving:
                 yield guest.reserve.client_rid, guest.req, guest
-        for req in self._scheduler.running_batch.reqs:
+        for req in self._engine.running():
             if req.rid not in self._guests.by_rid and not req.finished():
                 yield req.rid, req, None
 
     def _decoding(self) -> list[str]:
         """What their clients call the requests that decode here."""
         names = {g.rid: g.reserve.client_rid for g in self._guests.by_stream.values()}
-        return [
-            names.get(req.rid, req.rid)
-            for req in self._scheduler.running_batch.reqs
-            if not req.finished()
-        ]
+        return [names.get(req.rid, req.rid) for req in self._engine.running() if not req.finished()]
 
     def step(self) -> None:
         """Start the armed orders that are due, and what a drain still has to move."""
         if self._armed:
             self._fire()
-        if self._drain_targets and time.monotonic() >= self._drain_next:
+        if self._drain_targets and self._engine.now() >= self._drain_next:
             self._drain()
 
     def _fire(self) -> None:
@@ -230,18 +215,18 @@ class Orders:
                 order.obstacle = error.message
                 continue
             self._armed.remove(order)
-        for order in self._armed.expire(time.monotonic()):
+        for order in self._armed.expire(self._engine.now()):
             detail = order.obstacle or f"no {order.rid} came to {order.at_tokens} tokens here"
             self._unstarted(order, "expired", detail)
 
     def _unstarted(self, order: ArmedOrder, outcome: str, detail: str) -> None:
-        report = order.unstarted(self._here.instance_id, outcome, detail, time.time())
+        report = order.unstarted(self._here.instance_id, outcome, detail, self._engine.wall())
         self._log.add(report)
         logger.info("STAR: armed move of %s %s: %s", order.rid, outcome, detail)
 
     def _drain(self) -> None:
         """Start as many moves as are allowed, round-robin over the targets."""
-        self._drain_next = time.monotonic() + DRAIN_RETRY_S
+        self._drain_next = self._engine.now() + DRAIN_RETRY_S
         for rid in self._decoding():
             if len(self._source.moves) >= self._config.max_moves:
                 return

@@ -123,6 +123,7 @@ class InstanceStatus(Message, frozen=True):
             the head's numbers were not finite; predictor_failures: steps left without estimates.
         paced_late: forwards that took longer than the card they are paced to would have.
         armed: orders that wait for their request to come to its token.
+        faults: defects that cost a message, a move or an order, by what was being done.
     """
 
     instance_id: str
@@ -148,6 +149,7 @@ class InstanceStatus(Message, frozen=True):
     predictor_failures: int = 0
     paced_late: int = 0
     armed: int = 0
+    faults: dict[str, int] = {}
 
 
 class Advertisement(msgspec.Struct, frozen=True, kw_only=True):

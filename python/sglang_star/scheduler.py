@@ -91,14 +91,13 @@ def add_request_to_queue(
 
 def abort_request(scheduler: Any, recv_req: Any) -> None:
     """BEFORE ``Scheduler.abort_request``."""
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     def wanted(req: Any) -> bool:
         return bool(recv_req.abort_all or req.rid.startswith(recv_req.rid))
 
     # As SGLang answers: whatever has a message, such as a time-out, is the server's doing.
     message = recv_req.abort_message
-    reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE) if message else FINISH_ABORT()
+    reason = {"message": message, "status_code": HTTPStatus.SERVICE_UNAVAILABLE} if message else {}
     getattr(scheduler, _INSTANCE).abort(wanted, reason)
 
 

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
-from sglang_star.migration import batch, codec
-from sglang_star.migration.armed import ArmedOrders
-from sglang_star.migration.guests import Guests
-from sglang_star.migration.pages import KvPages
+from sglang_star.engine import batch
+from sglang_star.engine.real import SglangEngine
+from sglang_star.faults import Faults
+from sglang_star.migration.mover import Mover
 from sglang_star.migration.relay import ESTIMATE, MOVES
-from sglang_star.migration.report import MoveLog
-from sglang_star.migration.source import Source
 from sglang_star.platform import paced
 from sglang_star.predictor import runner
 from sglang_star.protocol import InstanceStatus, Peer, RequestStatus
@@ -75,21 +73,21 @@ class StatusReporter:
     def __init__(
         self,
         scheduler: Scheduler,
+        engine: SglangEngine,
         peer: Peer,
-        pages: KvPages,
-        source: Source,
-        guests: Guests,
-        log: MoveLog,
-        armed: ArmedOrders,
+        mover: Mover,
         timer: StepTimer,
+        faults: Faults,
     ) -> None:
         self._scheduler = scheduler
+        self._engine = engine
+        self._pages = engine.pages
         self._peer = peer
-        self._pages = pages
-        self._source = source
-        self._guests = guests
-        self._log = log
-        self._armed = armed
+        self._source = mover.source
+        self._guests = mover.guests
+        self._log = mover.log
+        self._armed = mover.armed
+        self._faults = faults
         self._timer = timer
         self._sequence = 0
         self.retractions = 0
@@ -107,7 +105,7 @@ class StatusReporter:
         queued = [self._describe(req, QUEUED) for req in self._queued()]
         retracted = [self._describe(req, QUEUED) for req in batch.retracted(scheduler)]
         arriving = [guest.req for guest in self._guests.arriving() if guest.req]
-        reserved = sum(int(req.kv.kv_allocated_len) for req in arriving)
+        reserved = sum(map(self._engine.held, arriving))
         return InstanceStatus(
             instance_id=self._peer.instance_id,
             incarnation=self._peer.incarnation,
@@ -132,6 +130,7 @@ class StatusReporter:
             predictor_failures=runner.failures,
             paced_late=paced.late,
             armed=len(self._armed),
+            faults=dict(self._faults.counts),
         )
 
     def _running(self) -> Iterator[Req]:
@@ -173,7 +172,7 @@ class StatusReporter:
             remaining=tuple(getattr(req, ESTIMATE, ())),
             home=(guest.reserve.home if guest else self._peer).instance_id,
             state=move.machine.state.value if move else state,
-            pinned=self._pages.unsupported or codec.pinned(req),
+            pinned=self._engine.unsupported or self._engine.pinned(req),
             moves=getattr(req, MOVES, 0),
             queued=state == QUEUED,
         )

@@ -122,6 +122,10 @@ def fleet_metrics(
     yield counter("predictor_failures", "Steps without estimates because of a defect.",
                   [((m.name,), m.status.predictor_failures) for m in members if m.status],
                   ("instance",))  # fmt: skip
+    yield counter("faults", "Defects that cost a message, a move or an order.",
+                  [((m.name, what), count) for m in members if m.status
+                   for what, count in m.status.faults.items()],
+                  ("instance", "what"))  # fmt: skip
     band = cluster.lengths.band
     yield counter("predictor_judged", "Requests that ended and had an estimate.",
                   [((), band.judged)], ())  # fmt: skip

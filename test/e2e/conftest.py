@@ -12,15 +12,26 @@ from sglang_star.model import tiny_model
 from unit.tiny_head import head_for
 
 COMMON = ("--dtype", "float32", "--max-running-requests", "48", "--skip-server-warmup")
+# Nobody dies in these clusters, so nobody is to be taken for dead because the machine is busy.
+PATIENT = (
+    *("--star-peer-timeout-s", "120", "--star-move-deadline-s", "240"),
+    # Moves armed for the same token start together.
+    *("--star-max-moves", "16"),
+)
+PATIENT_ROUTER = (
+    *("--health-check-timeout-secs", "120", "--health-failure-threshold", "100"),
+    *("--status-stale-secs", "120", "--queue-timeout-secs", "240"),
+)
 TOOLS = ("--tool-call-parser", "qwen25")
 
 # Between them: both modes, both page sizes, overlap on and off, chains over three instances.
 LAYOUTS: dict[str, dict[str, object]] = {
-    "aggregated-page1-overlap": {"aggregated": 3, "engine_arguments": (*COMMON, *TOOLS)},
+    "aggregated-page1-overlap": {"aggregated": 3, "engine_arguments": (*COMMON, *PATIENT, *TOOLS)},
     "aggregated-page16-sync-seeded": {
         "aggregated": 2,
         "engine_arguments": (
             *COMMON,
+            *PATIENT,
             *TOOLS,
             "--page-size",
             "16",
@@ -31,9 +42,26 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "disaggregated-page1-overlap": {
         "prefill": 1,
         "decode": 2,
-        "engine_arguments": (*COMMON, *TOOLS),
+        "engine_arguments": (*COMMON, *PATIENT, *TOOLS),
     },
 }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """End-to-end tests come last: those with clusters of their own, then one layout at a time.
+
+    A shared cluster lives until another layout is wanted: nothing else is to run beside it, and
+    SGLang's in-process engine, when it ends, kills every child of the test process.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("e2e") is None:
+            return 0
+        layout = getattr(item, "callspec", None) and item.callspec.params.get("cluster")  # type: ignore[attr-defined]
+        return 2 + list(LAYOUTS).index(layout) if layout else 1
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", params=list(LAYOUTS))
@@ -46,6 +74,7 @@ def cluster(
         predictor=str(head_for(tiny_model(), folder / "tiny.safetensors")),
         rescheduler="off",
         max_total_tokens=16384,
+        router_arguments=PATIENT_ROUTER,
         **LAYOUTS[request.param],  # type: ignore[arg-type]
     )
     with Cluster(spec, folder) as running:

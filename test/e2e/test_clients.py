@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from e2e.conftest import LAYOUTS
-from e2e.fleet import Fleet
+from e2e.fleet import Fleet, Hop, new_rid
 from e2e.test_identity import TOOL
 from sglang_star.cluster import Cluster
 
@@ -29,8 +28,8 @@ PROMPTS = (
 )
 BENCHMARK_PROMPTS = 10
 BENCHMARK_TOKENS = 64
-MOVES = 6
-
+SAMPLES = 2
+"""Of the chat that asks for more than one."""
 
 # Clients cannot see page size and scheduling: one layout of each mode will do. All are named here,
 # so that pytest groups these tests with the others that share a cluster.
@@ -43,28 +42,6 @@ one_layout_of_each_mode = pytest.mark.parametrize(
     indirect=True,
     scope="session",
 )
-
-
-@contextlib.asynccontextmanager
-async def movers(fleet: Fleet) -> AsyncIterator[set[str]]:
-    """Collects the ids of the requests that move; a status tells only of the last ten seconds."""
-    seen: set[str] = set()
-
-    async def watch() -> None:
-        while True:
-            for status in (await fleet.statuses()).values():
-                for report in status["recent_moves"]:
-                    if report["outcome"] == "moved":
-                        seen.add(report["rid"])
-            await asyncio.sleep(0.5)
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield seen
-    finally:
-        watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watcher
 
 
 async def streamed(client: AsyncOpenAI, **fields: Any) -> dict[str, Any]:
@@ -96,13 +73,20 @@ async def streamed(client: AsyncOpenAI, **fields: Any) -> dict[str, Any]:
     return {"said": said, "called": called, "ended": ended, "usage": counts}
 
 
-async def conversations(client: AsyncOpenAI) -> dict[str, dict[str, Any]]:
-    """All chats at once, by name."""
-    to_the_end = {"extra_body": {"ignore_eos": True}}
+async def conversations(client: AsyncOpenAI, run: str) -> dict[str, dict[str, Any]]:
+    """All chats at once, by name; their requests are called after it and the run."""
+
+    def named(name: str, **fields: Any) -> dict[str, Any]:
+        return {"extra_body": {"rid": f"{run}-{name}", **fields}}
+
+    def said(name: str, **fields: Any) -> Any:
+        return streamed(client, messages=user(name), **named(name, ignore_eos=True), **fields)
+
+    tool = {"tools": [TOOL], "tool_choice": "required", **named("tool")}
     pending = {
-        **{prompt: streamed(client, messages=user(prompt), **to_the_end) for prompt in PROMPTS},
-        "tool": streamed(client, messages=user("Weather?"), tools=[TOOL], tool_choice="required"),
-        "pair": streamed(client, messages=user("Twice."), n=2, frequency_penalty=0.4, **to_the_end),
+        **{prompt: said(prompt) for prompt in PROMPTS},
+        "tool": streamed(client, messages=user("Weather?"), **tool),
+        "pair": said("pair", n=SAMPLES),
     }
     return dict(zip(pending, await asyncio.gather(*pending.values()), strict=True))
 
@@ -119,13 +103,16 @@ def test_openai_client(cluster: Cluster) -> None:
             AsyncOpenAI(base_url=fleet.router + "/v1", api_key="none", max_retries=0) as client,
         ):
             await fleet.settle()
-            alone = await conversations(client)
+            alone = await conversations(client, new_rid("alone"))
             await fleet.settle()
-            async with fleet.moving(MOVES), movers(fleet) as rids:
-                moved = await conversations(client)
+            run = new_rid("moved")
+            # The samples have names of SGLang's own.
+            rids = [*(f"{run}-{name}" for name in (*PROMPTS, "tool")), *["*"] * SAMPLES]
+            hops = fleet.hops(alone["tool"]["usage"][1])
+            async with fleet.tour(*rids, hops=hops):
+                moved = await conversations(client, run)
             await fleet.settle()
         assert moved == alone
-        assert len(rids) > len(PROMPTS), "too few of the streams moved"
         for prompt in PROMPTS:
             check_ended(moved[prompt], {0: "length"}, TOKENS)
         check_ended(moved["pair"], {0: "length", 1: "length"}, 2 * TOKENS)
@@ -166,7 +153,8 @@ def test_sglang_benchmark(cluster: Cluster, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with Fleet.connect(cluster) as fleet:
             await fleet.settle()
-            async with fleet.moving(MOVES), movers(fleet) as rids:
+            hops = [Hop(10, 0 if k % 2 else 10) for k in range(len(fleet.engines))]
+            async with fleet.tour("*", "*", "*", hops=hops):
                 process = await asyncio.create_subprocess_exec(
                     *command,
                     stdout=asyncio.subprocess.PIPE,
@@ -177,7 +165,6 @@ def test_sglang_benchmark(cluster: Cluster, tmp_path: Path) -> None:
                 output, _ = await process.communicate()
             await fleet.settle()
         assert process.returncode == 0, output.decode(errors="replace")[-3000:]
-        assert rids, "nothing moved: the benchmark proves nothing"
 
     asyncio.run(scenario())
     measured = json.loads(result.read_text().splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Hundreds of requests, random moves, aborts and disconnects, and one engine that dies.
+"""Hundreds of requests, armed and random moves, aborts and disconnects, and engines that die.
 
 Every stream that finishes equals its twin, every one that was cut is a prefix of it, and all
 pools return to their idle size. No penalties here: under overlap SGLang accumulates them a token
@@ -8,6 +8,7 @@ late or not depending on the prefills in between, so that even an unmoved reques
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import psutil
 import pytest
 
 from e2e.conftest import COMMON
-from e2e.fleet import Fleet
+from e2e.fleet import Endless, Fleet, Hop, new_rid, until
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
 from sglang_star.model import tiny_model
@@ -30,6 +31,10 @@ REQUESTS = 240
 RESERVE = 96
 CONCURRENT = 16
 SEED = 5
+LIMIT = 1800
+"""Output tokens of requests that have to outlive what happens to them; two fit into a pool."""
+PLAIN = "plain-"
+"""Begins the names of requests that nobody moves before the move armed for them."""
 
 
 def body(number: int) -> dict[str, Any]:
@@ -43,6 +48,11 @@ def body(number: int) -> dict[str, Any]:
         },
         "stream": True,
     }
+
+
+def plain(number: int) -> bool:
+    """Whether a request of the storm is left alone but for the one move armed for it."""
+    return number % 4 == 0 and body(number)["sampling_params"]["max_new_tokens"] >= 60
 
 
 async def stream(fleet: Fleet, url: str, request: dict[str, Any], cut_after: int = 0) -> list[int]:
@@ -72,7 +82,8 @@ async def random_moves(fleet: Fleet, chance: random.Random) -> None:
             except aiohttp.ClientError:
                 continue
             for request in status["requests"]:
-                if not request["queued"] and chance.random() < 0.3:
+                waits = request["rid"].startswith(PLAIN) and not request["moves"]
+                if not request["queued"] and not waits and chance.random() < 0.3:
                     target = chance.choice([n for n in names if n != name])
                     try:
                         await fleet.order(request["rid"], name, target)
@@ -81,19 +92,30 @@ async def random_moves(fleet: Fleet, chance: random.Random) -> None:
         await asyncio.sleep(0.02)
 
 
-async def storm(fleet: Fleet, urls: list[str], twins: dict[int, list[int]]) -> int:
-    """Run all requests; returns how many were cut on purpose."""
+async def storm(fleet: Fleet, twins: dict[int, list[int]]) -> tuple[int, int]:
+    """Run all requests; returns how many were cut on purpose, and how many moves were armed."""
+    names, urls = list(fleet.engines), list(fleet.engines.values())
+    armed = 0
     chance = random.Random(SEED)
     gate = asyncio.Semaphore(CONCURRENT)
     cuts = 0
 
     async def one(number: int) -> None:
-        nonlocal cuts
+        nonlocal cuts, armed
         cut_after = chance.randrange(1, 30) if chance.random() < 0.2 else 0
         aborted = chance.random() < 0.1
+        if plain(number):
+            cut_after = aborted = 0
         async with gate:
             request = body(number)
-            url = urls[number % len(urls)]
+            at = number % len(urls)
+            url = urls[at]
+            if plain(number):
+                request["rid"] = f"{PLAIN}{number}"
+                target = names[(at + 1) % len(names)]
+                hop = Hop(5, 30 if number % 8 else 0)
+                move = await fleet.arm(request["rid"], names[at], target, hop)
+                armed += 1
             if aborted:
                 request["rid"] = f"storm-{number}-{chance.random()}-"
                 asyncio.get_running_loop().call_later(
@@ -103,6 +125,8 @@ async def storm(fleet: Fleet, urls: list[str], twins: dict[int, list[int]]) -> i
                     ),
                 )
             tokens = await stream(fleet, url, request, cut_after)
+        if plain(number):
+            assert (await fleet.report(move))["outcome"] == "moved"
         expected = twins[number % 40]
         if cut_after or aborted:
             cuts += 1
@@ -111,7 +135,7 @@ async def storm(fleet: Fleet, urls: list[str], twins: dict[int, list[int]]) -> i
             assert tokens == expected, number
 
     await asyncio.gather(*(one(number) for number in range(REQUESTS)))
-    return cuts
+    return cuts, armed
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +147,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
         rescheduler="off",
         max_total_tokens=4096,
         engine_arguments=(
-            *(*COMMON, "--star-max-moves", "8"),
+            *(*COMMON, "--star-max-moves", "8", "--star-peer-timeout-s", "8"),
             *("--num-reserved-decode-tokens", str(RESERVE)),
         ),
     )
@@ -154,15 +178,49 @@ def test_storm_of_moves(trio: Cluster) -> None:
             twins = await twins_of(fleet)
             mover = asyncio.create_task(random_moves(fleet, random.Random(SEED)))
             try:
-                cuts = await storm(fleet, list(fleet.engines.values()), twins)
+                cuts, armed = await storm(fleet, twins)
             finally:
                 mover.cancel()
             assert cuts > 10
             await fleet.settle()
-            statuses = (await fleet.statuses()).values()
-            assert sum(status["move_outcomes"].get("moved", 0) for status in statuses) > 10
+            assert armed > 30
 
     asyncio.run(scenario())
+
+
+def test_a_held_request_goes_on_when_its_target_stops(trio: Cluster) -> None:
+    """The target neither takes nor refuses it, and for longer than a peer may be silent."""
+
+    async def scenario() -> None:
+        async with Fleet.connect(trio) as fleet:
+            await fleet.settle()
+            home, host = list(fleet.engines)[:2]
+            rid = new_rid("held")
+            move = await fleet.arm(rid, home, host, Hop(10))
+            stopped = family(fleet.engines[host])
+            for process in stopped:
+                process.suspend()
+            async with fleet.endless(rid, fleet.engines[home], limit=LIMIT) as request:
+                try:
+                    report = await told(fleet, home, move)
+                    assert (report["outcome"], report["precopied_tokens"]) == ("failed", 0)
+                    await request.until(report["output_tokens"] + 20)
+                finally:
+                    for process in stopped:
+                        process.resume()
+
+    asyncio.run(scenario())
+
+
+async def told(fleet: Fleet, name: str, migration_id: str) -> dict[str, Any]:
+    """The end of a move that engine ``name`` tells, while others are not to be asked."""
+
+    async def here() -> dict[str, Any] | None:
+        reports = (await fleet.status(name))["recent_moves"]
+        return next((r for r in reports if r["migration_id"] == migration_id), None)
+
+    report: dict[str, Any] = await until(here, f"{name} tells of {migration_id}")
+    return report
 
 
 def test_streams_survive_the_death_of_their_host(trio: Cluster) -> None:
@@ -172,26 +230,30 @@ def test_streams_survive_the_death_of_their_host(trio: Cluster) -> None:
         async with Fleet.connect(trio) as fleet:
             await fleet.settle()
             home, host = list(fleet.engines)[:2]
-            requests = [body(n) for n in range(8)]
-            for request in requests:
-                request["sampling_params"]["max_new_tokens"] = 500
-            expected = await asyncio.gather(
-                *(stream(fleet, fleet.engines[home], dict(r)) for r in requests)
-            )
-            await fleet.settle()
-            tasks = [
-                asyncio.create_task(stream(fleet, fleet.engines[home], dict(r))) for r in requests
+            doomed = family(fleet.engines[host])
+            rids = [new_rid("hosted") for _ in range(2)]
+            moves = [await fleet.arm(rid, home, host, Hop(10)) for rid in rids]
+            streams = [
+                Endless(fleet, fleet.engines[home], rid, [200 + k] * 20, limit=LIMIT)
+                for k, rid in enumerate(rids)
             ]
-            hosted = await move_some(fleet, home, host)
-            assert hosted
-            kill_engine(fleet.engines[host])
-            del fleet.engines[host]
-            finished = await asyncio.gather(*tasks)
-            assert [len(tokens) for tokens in finished] == [500] * len(requests)
-            assert finished == expected
-            outcomes = (await fleet.statuses())[home]["move_outcomes"]
-            assert outcomes.get("reclaimed", 0) > 0
-            fleet.all_engines.pop(host)
+            for report in await fleet.reports(moves):
+                assert report["outcome"] == "moved"
+            for process in doomed:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            del fleet.engines[host], fleet.all_engines[host]
+
+            async def reclaimed() -> bool:
+                return bool((await fleet.status(home))["move_outcomes"].get("reclaimed") == 2)
+
+            await until(reclaimed, "home reclaims both streams")
+            for stream in streams:
+                await stream.until(len(stream.tokens) + 50)
+                await stream.leave()
+            await fleet.settle()
+            for stream in streams:
+                assert stream.tokens == await stream.twin()
             await fleet.settle()
 
     asyncio.run(scenario())
@@ -242,6 +304,17 @@ async def move_some(fleet: Fleet, home: str, host: str) -> int:
             return len(guests)
         await asyncio.sleep(0.02)
     return 0
+
+
+def family(url: str) -> list[psutil.Process]:
+    """The process that listens at ``url`` and all its descendants."""
+    port = int(url.rsplit(":", 1)[1])
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.AccessDenied, psutil.NoSuchProcess):
+            for connection in process.net_connections("tcp"):
+                if (connection.status, connection.laddr.port) == (psutil.CONN_LISTEN, port):
+                    return [process, *process.children(recursive=True)]
+    raise AssertionError(f"nothing listens on {port}")
 
 
 def kill_engine(url: str) -> None:

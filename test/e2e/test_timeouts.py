@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.conftest import COMMON
-from e2e.fleet import Fleet
+from e2e.conftest import COMMON, PATIENT, PATIENT_ROUTER
+from e2e.fleet import Fleet, Hop, new_rid
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
 from sglang_star.model import tiny_model
@@ -31,7 +31,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         predictor="off",
         rescheduler="off",
         max_total_tokens=24_576,
-        engine_arguments=COMMON,
+        engine_arguments=(*COMMON, *PATIENT),
+        router_arguments=PATIENT_ROUTER,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", str(LIMIT_S))
@@ -39,8 +40,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield running
 
 
-async def answered(fleet: Fleet, url: str) -> tuple[int, str]:
-    code, answer = await fleet.post(url + "/generate", BODY)
+async def answered(fleet: Fleet, url: str, rid: str) -> tuple[int, str]:
+    code, answer = await fleet.post(url + "/generate", {**BODY, "rid": rid})
     return code, str(answer)
 
 
@@ -48,15 +49,12 @@ def test_a_request_that_runs_elsewhere_times_out_like_one_at_home(pair: Cluster)
     async def scenario() -> None:
         async with Fleet.connect(pair) as fleet:
             home, other = fleet.engines
-            stayed = await answered(fleet, fleet.engines[home])
+            stayed = await answered(fleet, fleet.engines[home], new_rid("stays"))
             assert "running timeout" in stayed[1], stayed
-            request = asyncio.create_task(answered(fleet, fleet.engines[home]))
-            async with fleet.moving(moves=1):
-                while not any(s["running"] for s in [(await fleet.statuses())[other]]):
-                    assert not request.done(), request.result()
-                    await asyncio.sleep(0.02)
-                moved = await request
-            assert len(fleet.moved) == 1
+            rid = new_rid("moves")
+            move = await fleet.arm(rid, home, other, Hop(2))
+            moved = await answered(fleet, fleet.engines[home], rid)
+            assert (await fleet.report(move))["outcome"] == "moved"
             assert moved[0] == stayed[0]
             assert "running timeout" in moved[1], moved
             await fleet.settle()

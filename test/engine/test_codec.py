@@ -13,7 +13,7 @@ from sglang_star.errors import MalformedMessage
 
 pytestmark = pytest.mark.engine
 
-codec = pytest.importorskip("sglang_star.migration.codec")
+codec = pytest.importorskip("sglang_star.engine.codec")
 io_struct = pytest.importorskip("sglang.srt.managers.io_struct")
 sampling = pytest.importorskip("sglang.srt.sampling.sampling_params")
 

@@ -6,7 +6,9 @@ import contextlib
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +52,17 @@ def engine(
         yield started
     finally:
         started.shutdown()
+        renew_resource_tracker()
+
+
+def renew_resource_tracker() -> None:
+    """SGLang's shutdown kills every child of this process, and Python's resource tracker is one.
+
+    Python notices when it next needs it, complains in whatever runs then, and starts another.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "resource_tracker: process died")
+        resource_tracker.ensure_running()
 
 
 def check(remaining: dict[str, float], left: int) -> None:

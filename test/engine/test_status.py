@@ -11,9 +11,11 @@ pytestmark = pytest.mark.engine
 
 status = pytest.importorskip("sglang_star.status")
 arrival = pytest.importorskip("sglang_star.migration.arrival")
+real = pytest.importorskip("sglang_star.engine.real")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
 
 from sglang_star.errors import OrderRefused  # noqa: E402
+from sglang_star.faults import Faults  # noqa: E402
 from sglang_star.migration.armed import ArmedOrders  # noqa: E402
 from sglang_star.migration.report import MoveLog  # noqa: E402
 from sglang_star.protocol import DRAIN, Peer  # noqa: E402
@@ -68,12 +70,23 @@ def guests_of(*arriving: Any) -> Any:
     )
 
 
+def engine_of(scheduler: Any, free: int) -> Any:
+    """The real verbs over that scheduler, and over KV memory with so much room."""
+    engine = real.SglangEngine.__new__(real.SglangEngine)
+    engine._scheduler = scheduler
+    engine.pages = SimpleNamespace(capacity=CAPACITY, free=free)  # type: ignore[assignment]
+    engine.unsupported = ""
+    return engine
+
+
 def reporter(scheduler: Any, guests: Any, free: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(status.codec, "pinned", lambda req: "")
-    pages = SimpleNamespace(capacity=CAPACITY, free=free, unsupported="")
-    source = SimpleNamespace(moves={})
+    engine = engine_of(scheduler, free)
+    monkeypatch.setattr(engine, "pinned", lambda req: "")
+    mover: Any = SimpleNamespace(
+        source=SimpleNamespace(moves={}), guests=guests, log=MoveLog(engine), armed=ArmedOrders()
+    )
     return status.StatusReporter(
-        scheduler, PEER, pages, source, guests, MoveLog(), ArmedOrders(), status.StepTimer()
+        scheduler, engine, PEER, mover, status.StepTimer(), Faults()
     ).snapshot()
 
 
@@ -100,9 +113,13 @@ def test_kv_held_for_guests_is_reserved_and_not_used(
 def check(scheduler: Any, free: int, reason: str = "overflow", *arriving: Any) -> None:
     """Ask a target whether it takes a guest of 1,000 tokens."""
     config = SimpleNamespace(max_guests=8)
-    pages = SimpleNamespace(free=free)
     target = arrival.Arrivals(
-        scheduler, pages, SimpleNamespace(), SimpleNamespace(), guests_of(*arriving), config, "f"
+        engine_of(scheduler, free),
+        SimpleNamespace(),
+        SimpleNamespace(),
+        guests_of(*arriving),
+        config,
+        "f",
     )
     message = SimpleNamespace(fingerprint="f", context_tokens=1000, reason=reason)
     target._check(message)

@@ -67,9 +67,8 @@ def test_room_is_noticed_without_any_event():
 def test_full_queue_and_expired_wait_are_honest():
     async def check():
         policy = Gatekeeper()
-        async with fleet(
-            FakeEngine(), policies={"dispatch_policy": policy}, queue_size=1, queue_timeout=0.5
-        ) as running:
+        policies = {"dispatch_policy": policy}
+        async with fleet(FakeEngine(), policies=policies, queue_size=1) as running:
             waiting = asyncio.create_task(running.post("/generate", {"text": "a"}))
             await eventually(lambda: running.router.dispatcher.holding == 1)
             async with running.session.post(
@@ -79,10 +78,14 @@ def test_full_queue_and_expired_wait_are_honest():
             assert response.status == 429
             assert int(response.headers["Retry-After"]) >= 1
             assert error["error"]["type"] == "rate_limit_exceeded"
-            status, body = await waiting
+            assert running.router.dispatcher.refused == {429: 1, 503: 0}
+            policy.open = 1
+            assert (await waiting)[0] == 200
+        async with fleet(FakeEngine(), policies=policies, queue_timeout=0.2) as running:
+            status, body = await running.post("/generate", {"text": "a"})
             assert status == 503
             assert "in time" in orjson.loads(body)["message"]
-            assert running.router.dispatcher.refused == {429: 1, 503: 1}
+            assert running.router.dispatcher.refused == {429: 0, 503: 1}
             policy.reject = True
             assert (await running.post("/generate", {"text": "a"}))[0] == 429
 

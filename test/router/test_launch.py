@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.fleet import FakeEngine, fleet, free_port, request_status
+from router.fleet import WAIT_S, FakeEngine, fleet, free_port, request_status
 from router.test_proxy import run
 from sglang_star.errors import ConfigError
 from sglang_star_router.config import parse_args
@@ -95,7 +95,7 @@ def test_port_in_use_is_named():
         ended = subprocess.run(
             [sys.executable, "-m", "sglang_star_router.launch_router",
              "--worker-urls", URL, "--port", str(port)],
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=WAIT_S, check=False,
         )  # fmt: skip
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
@@ -143,10 +143,10 @@ def test_process_serves_and_ends_on_sigterm_without_importing_torch_or_sglang():
         for line in child.stderr:
             if "listening" in line:
                 break
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S) as answer:
             assert b"star_router_" in answer.read()
         child.send_signal(signal.SIGTERM)
-        _, errors = child.communicate(timeout=30)
+        _, errors = child.communicate(timeout=WAIT_S)
         assert child.returncode == 0, errors
     finally:
         child.kill()

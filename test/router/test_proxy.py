@@ -8,14 +8,14 @@ import orjson
 import pytest
 import uvloop
 
-from router.fleet import FakeEngine, eventually, fleet
+from router.fleet import WAIT_S, FakeEngine, eventually, fleet
 
 STREAM = {"text": "hi", "stream": True, "sampling_params": {"max_new_tokens": 4}}
 
 
 def run(coroutine):
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(asyncio.wait_for(coroutine, 60))
+        return runner.run(asyncio.wait_for(coroutine, 2 * WAIT_S))
 
 
 async def raw_exchange(url: str, request: bytes) -> bytes:
@@ -321,10 +321,7 @@ def test_pd_prefill_failure_frees_decode_and_tries_another_pair():
         ) as running:
             broken.reply_status = 503
             request = asyncio.create_task(running.post("/generate", STREAM))
-            for _ in range(200):
-                await asyncio.sleep(0.01)
-                if decode.disconnects or len(decode.requests) > 1:
-                    break
+            await eventually(lambda: decode.disconnects or (prefill.requests and decode.requests))
             decode.stall = False
             if not decode.disconnects:
                 # Round-robin began with the sound prefill: its partner waits; let it go and retry.
@@ -373,10 +370,13 @@ def test_request_timeout_before_and_within_the_stream():
             assert status == 504
             assert orjson.loads(body)["error"]["type"] == "timeout_error"
             engine.stall, engine.gate = False, asyncio.Event()
-            status, body = await running.post("/generate", STREAM)
+            # On a busy machine the limit may pass before the first chunk as well.
+            while (answer := await running.post("/generate", STREAM))[0] == 504:
+                pass
+            status, body = answer
             assert status == 200
             assert b"time limit" in body
-            await eventually(lambda: engine.disconnects == 2)
+            await eventually(lambda: engine.disconnects == len(engine.requests))
 
     run(check())
 

@@ -35,6 +35,7 @@ def test_every_documented_command_exists() -> None:
         "serving",
         "policy",
         "migration",
+        "start",
         "overhead",
         "attention",
         "kv-copy",

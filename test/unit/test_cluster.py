@@ -20,6 +20,9 @@ from sglang_star.cluster_layout import ClusterSpec
 from sglang_star.errors import ConfigError, SetupError
 from sglang_star.process import ServerProcess, wait_healthy
 
+HANGS_S = 180.0
+"""What takes longer than this will never happen."""
+
 # A server with a child of its own, like SGLang's scheduler; both ignore SIGTERM on request.
 SERVER = textwrap.dedent("""
     import http.server, json, os, signal, subprocess, sys
@@ -57,7 +60,7 @@ def running(pid: int) -> bool:
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANGS_S
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
@@ -81,7 +84,7 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 def test_healthy_then_ended_with_its_children(server: ServerProcess, tmp_path: Path) -> None:
-    assert wait_healthy([server], 30) == [server]
+    assert wait_healthy([server], HANGS_S) == [server]
     server.check()
     pids = json.loads((tmp_path / "pids").read_text())
     assert all(map(running, pids))
@@ -101,7 +104,7 @@ def test_a_server_that_ignores_sigterm_is_killed(
         url=f"http://127.0.0.1:{port}",
         log=tmp_path / "log",
     )
-    wait_healthy([process], 30)
+    wait_healthy([process], HANGS_S)
     pids = json.loads((tmp_path / "pids").read_text())
     process.stop()
     assert not any(map(running, pids))
@@ -148,7 +151,7 @@ def test_early_death_shows_the_log_and_our_own_reason_first(tmp_path: Path) -> N
         "engine", [sys.executable, "-c", lines], url="http://127.0.0.1:9", log=tmp_path / "log"
     )
     with pytest.raises(SetupError) as caught:
-        wait_healthy([process], 30)
+        wait_healthy([process], HANGS_S)
     text = caught.value.message
     assert text.index("status 3") < text.index("STAR: no such head") < text.index("noise 39")
     assert "noise 5\n" not in text

@@ -38,7 +38,7 @@ from sglang_star.demo.screen import Screen, bar, move_line
 from sglang_star.demo.side import Side, Slo, moves_of, summary
 from sglang_star.demo.twins import Twin, twins_of
 from sglang_star.demo.watch import Load, Sighting, Watcher
-from sglang_star.demo.workload import MAX_TOKENS, Workload, problems
+from sglang_star.demo.workload import Workload, problems
 from sglang_star.errors import PeerError
 
 WORDS = ["One", " two", " three"]
@@ -447,13 +447,14 @@ def test_the_picture_stands_alone_and_marks_what_happened() -> None:
     svg, _ = drawn(findings())
     figure = ElementTree.fromstring(svg)
     assert figure.tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(classes(figure, "line")) == 4
-    assert len(classes(figure, "full")) == 4
-    assert len(classes(figure, "bad")) == 2  # one mark for the three retractions of each side
-    assert len(classes(figure, "move")) == 1
+    # One of each is the legend's.
+    assert len(classes(figure, "line")) == 4 + 1
+    assert len(classes(figure, "full")) == 4 + 1
+    assert len(classes(figure, "bad")) == 2 + 1  # one mark for the three retractions of each side
+    assert len(classes(figure, "move")) == 1 + 1
     text = "".join(figure.itertext())
     assert "what <ran>" in text
-    assert "Rescheduling on: 1 moves" in text
+    assert "Rescheduling on: 1 live move" in text
     assert "retractions" in text
 
 
@@ -512,12 +513,14 @@ def test_screen_announces_each_move_once_in_plain_lines() -> None:
     screen = Screen(watcher, 2, out)
     watcher.moves = [row("demo-a", state="accepted")]
     screen.show([stream("a")])
-    watcher.moves = [row("demo-b", state="refused", detail="full"), row("demo-a")]
+    full = row("demo-b", state="refused", detail="full")
+    watcher.moves = [full, row("demo-a"), row("earlier-run")]
     screen.end([stream("a")])
     screen.end([stream("a"), stream("b")])
     text = out.getvalue()
     assert text.count("demo-a: decode-0 to decode-1") == 1
     assert "refused: full" in text
+    assert "earlier-run" not in text
     assert "2/2 answers" in text
     assert "decode-0 50%" in text
     assert "\033" not in text
@@ -568,7 +571,7 @@ def test_the_workload_is_the_same_every_time_and_bursty() -> None:
     assert prompts == load_.prompts()
     assert len(prompts) == load_.requests == len({p.name for p in prompts})
     assert len({p.seed for p in prompts}) == len(prompts)
-    assert {p.max_tokens for p in prompts} == {MAX_TOKENS}
+    assert {p.max_tokens for p in prompts} == {load_.max_tokens}
     times = [p.at_s for p in prompts]
     assert times == sorted(times)
     bursts = {int(at_s // load_.gap_s) for at_s in times}
@@ -596,7 +599,7 @@ def test_the_router_takes_the_demos_flags() -> None:
 
 
 def test_the_page_says_how_the_engines_are_paced_and_what_is_equal() -> None:
-    text = " ".join(setting.paragraphs(Workload(2, 3, 4.0)))
+    text = " ".join(setting.paragraphs(Workload(2, 3, 4.0, 500)))
     for needed in ("6 requests", "24 GB card", "Only the rescheduler differs", "least-tokens"):
         assert needed in text
 

@@ -27,16 +27,9 @@ HEAVY = {"torch", "sglang", "transformers"}
 # All that touches SGLang; the rest of the engine extension can be read and tested without it.
 SGLANG_BORDER = {
     "sglang_star.endpoints",
+    "sglang_star.engine",
     "sglang_star.hooks",
-    "sglang_star.instance",
     "sglang_star.launch",
-    "sglang_star.migration.batch",
-    "sglang_star.migration.codec",
-    "sglang_star.migration.guests",
-    "sglang_star.migration.pages",
-    "sglang_star.migration.relay",
-    "sglang_star.migration.source",
-    "sglang_star.orders",
     "sglang_star.platform",
     "sglang_star.plugin",
     "sglang_star.predictor.collect",
@@ -176,6 +169,16 @@ def test_only_the_border_touches_sglang() -> None:
 @pytest.mark.parametrize("part", sorted(SGLANG_BORDER))
 def test_every_entry_of_the_border_is_real(part: str) -> None:
     assert any(within(name, part) for name in IMPORTS)
+
+
+def test_the_protocol_of_moves_knows_engines_by_their_verbs() -> None:
+    pure = ("sglang_star.migration", "sglang_star.orders", "sglang_star.engine.verbs")
+    for name, imported in of(*pure):
+        if within(name, "sglang_star.migration.transport"):
+            continue  # carriers hold tensors
+        assert imported.partition(".")[0] not in HEAVY, f"{name} imports {imported}"
+        engine = within(imported, "sglang_star.engine")
+        assert not engine or within(imported, "sglang_star.engine.verbs"), (name, imported)
 
 
 def test_the_front_door_is_light() -> None:

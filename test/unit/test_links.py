@@ -11,8 +11,21 @@ import zmq
 
 from sglang_star.errors import ConfigError
 from sglang_star.migration.links import URGENT, Links, Order, PeerLost
-from sglang_star.protocol import Heartbeat, InstanceStatus, OrderReply, StatusOrder, decode, encode
+from sglang_star.protocol import (
+    Heartbeat,
+    InstanceStatus,
+    OrderReply,
+    Peer,
+    StatusOrder,
+    decode,
+    encode,
+)
 from unit.test_protocol import MESSAGES
+
+TIMEOUT_S = 0.4
+BEAT_S = 0.05
+HANGS_S = 180.0
+"""What takes longer than this will never happen."""
 
 
 @pytest.fixture
@@ -28,8 +41,8 @@ def make() -> Iterator[Callable[..., Links]]:
             **{
                 "migration_port": 0,
                 "status_port": 0,
-                "heartbeat_s": 0.05,
-                "timeout_s": 0.4,
+                "heartbeat_s": BEAT_S,
+                "timeout_s": TIMEOUT_S,
                 **options,
             },
         )
@@ -41,10 +54,11 @@ def make() -> Iterator[Callable[..., Links]]:
         links.close()
 
 
-def wait_for(links: Links, kind: type[Any], seconds: float = 10.0) -> Any:
-    deadline = time.monotonic() + seconds
+def wait_for(links: Links, kind: type[Any], *, never: type[Any] | tuple[()] = ()) -> Any:
+    deadline = time.monotonic() + HANGS_S
     while time.monotonic() < deadline:
         item = links.take()
+        assert not isinstance(item, never), item
         if isinstance(item, kind):
             return item
         if item is None:
@@ -67,7 +81,7 @@ def test_urgent_messages_overtake_the_others(make: Callable[..., Links]) -> None
     assert urgent
     for message in (plain, *urgent):
         a.send(b.peer, message)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANGS_S
     while len(b.urgent) < len(urgent) and time.monotonic() < deadline:
         b.wait(0.01)
     assert not b.idle()
@@ -77,34 +91,137 @@ def test_urgent_messages_overtake_the_others(make: Callable[..., Links]) -> None
     assert b.idle()
 
 
-def test_heartbeats_keep_a_peer_alive_and_silence_loses_it_once(make: Callable[..., Links]) -> None:
+class Clock:
+    """Stands still unless a test moves it, so that no machine is too slow for a heartbeat."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    stopped = Clock()
+    monkeypatch.setattr("sglang_star.migration.links.time", stopped)
+    return stopped
+
+
+def watch(links: Links, *peers: Peer) -> None:
+    links.watch({peer.address: (peer, frozenset({"s"})) for peer in peers})
+
+
+class Mute:
+    """Holds its connections and reads what comes, but never says a word: as if it were frozen."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.peer = Peer(instance_id="mute", incarnation=1, address=f"tcp://127.0.0.1:{port}")
+
+    def beats(self, number: int) -> None:
+        """Wait for so many heartbeats to come."""
+        for _ in range(number):
+            assert self._socket.poll(int(HANGS_S * 1e3)), "no heartbeat came"
+            assert isinstance(decode(self._socket.recv()), Heartbeat)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+@pytest.fixture
+def mute() -> Iterator[Mute]:
+    peer = Mute()
+    yield peer
+    peer.close()
+
+
+def test_heartbeats_keep_a_peer_alive(make: Callable[..., Links], clock: Clock) -> None:
     a, b = make("a"), make("b")
-    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
-    b.watch({a.peer.address: (a.peer, frozenset({"s"}))})
-    beat = wait_for(b, Heartbeat)
-    assert beat.sender == a.peer
-    assert beat.live == ("s",)
-    time.sleep(0.8)
-    items = []
-    while (item := a.take()) is not None:
-        items.append(item)
-    assert not any(isinstance(item, PeerLost) for item in items)
+    watch(a, b.peer)
+    watch(b, a.peer)
+    # Many times the time-out, with a beat from each side in every part of it.
+    for _ in range(20):
+        clock.now += TIMEOUT_S / 4
+        for here, there in ((a, b), (b, a)):
+            beat = wait_for(here, Heartbeat, never=PeerLost)
+            while not beat.live:  # the answer of one that did not watch yet
+                beat = wait_for(here, Heartbeat, never=PeerLost)
+            assert beat.sender == there.peer
+            assert beat.live == ("s",)
+
+
+def test_silence_loses_a_peer_once(make: Callable[..., Links], clock: Clock, mute: Mute) -> None:
+    a = make("a", heartbeat_s=BEAT_S)
+    watch(a, mute.peer)
+    begun = clock.now
+    mute.beats(1)
+    while (item := a.take()) is None:
+        clock.now += BEAT_S
+        time.sleep(0.002)
+    assert item == PeerLost(mute.peer, f"silent for {TIMEOUT_S:g} s")
+    assert clock.now - begun > TIMEOUT_S
+    # Nobody is watched any more: a beat of another peer comes after whatever else would.
+    clock.now += 2 * TIMEOUT_S
+    other = make("other")
+    watch(other, a.peer)
+    assert wait_for(a, Heartbeat, never=PeerLost).sender == other.peer
+
+
+def test_who_did_not_listen_calls_nobody_silent(
+    make: Callable[..., Links], clock: Clock, mute: Mute
+) -> None:
+    """As after SIGSTOP: time has passed, and what was said meanwhile is still to be read."""
+    a = make("a", heartbeat_s=BEAT_S)
+    watch(a, mute.peer)
+    mute.beats(1)
+    clock.now += 100 * TIMEOUT_S
+    mute.beats(1)
+    assert a.take() is None
+
+
+def test_a_peer_whose_process_is_gone_is_lost_before_the_time_out(
+    make: Callable[..., Links],
+) -> None:
+    a, b = make("a", timeout_s=2 * HANGS_S), make("b")
+    watch(a, b.peer)
+    wait_for(b, Heartbeat)
     b.close()
-    lost = wait_for(a, PeerLost)
-    assert lost.peer == b.peer
-    time.sleep(0.6)
-    assert not isinstance(a.take(), PeerLost)
+    assert wait_for(a, PeerLost) == PeerLost(b.peer, "its process is gone")
+    # Nor need it ever have been reached.
+    watch(a, b.peer)
+    assert wait_for(a, PeerLost) == PeerLost(b.peer, "its process is gone")
 
 
-def test_a_restarted_peer_is_noticed_before_the_time_out(make: Callable[..., Links]) -> None:
-    a = make("a", timeout_s=60.0)
+def test_a_peer_that_is_not_watched_may_go(make: Callable[..., Links]) -> None:
+    a, b = make("a", timeout_s=2 * HANGS_S), make("b")
+    watch(a, b.peer)
+    wait_for(b, Heartbeat)
+    watch(a)
+    b.close()
+    deadline = time.monotonic() + HANGS_S
+    while a._connections and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not a._connections, "it goes on trying to reach who is gone"
+    while (item := a.take()) is not None:
+        assert not isinstance(item, PeerLost), item
+
+
+def test_a_restarted_peer_is_noticed_before_the_time_out(
+    make: Callable[..., Links], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However long the restart takes here.
+    monkeypatch.setattr("sglang_star.migration.connection.GONE_S", HANGS_S)
+    a = make("a", timeout_s=2 * HANGS_S)
     b = make("b")
     port = int(b.peer.address.rsplit(":", 1)[1])
-    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
+    watch(a, b.peer)
     wait_for(b, Heartbeat)
     b.close()
     make("b", incarnation=2, migration_port=port)
-    lost = wait_for(a, PeerLost, 20.0)
+    lost = wait_for(a, PeerLost)
     assert lost.peer == b.peer
     assert "restarted" in lost.why
 
@@ -120,7 +237,7 @@ def test_garbage_is_counted_and_dropped(make: Callable[..., Links]) -> None:
     context.term()
     a.send(b.peer, MESSAGES[0])
     assert wait_for(b, type(MESSAGES[0])) == MESSAGES[0]
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + HANGS_S
     while sum(b.dropped.values()) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert b.dropped == {"MalformedMessage": 3, "VersionMismatch": 1}
@@ -134,7 +251,7 @@ def test_orders_are_answered_and_the_wake_up_clears(make: Callable[..., Links]) 
     dealer.send(encode(StatusOrder(order_id=4)))
     order = wait_for(links, Order)
     links.reply(order, OrderReply(order_id=4, payload=b"{}"))
-    assert dealer.poll(5000)
+    assert dealer.poll(int(HANGS_S * 1e3))
     assert decode(dealer.recv()) == OrderReply(order_id=4, payload=b"{}")
     links.wake.clear()
     links.wake.clear()
@@ -149,7 +266,7 @@ def test_statuses_are_published(make: Callable[..., Links]) -> None:
     subscriber = context.socket(zmq.SUB)
     subscriber.subscribe(b"")
     subscriber.connect(links.status_address)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + HANGS_S
     while time.monotonic() < deadline:
         links.publish(status)
         if subscriber.poll(50):

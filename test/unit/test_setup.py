@@ -24,6 +24,9 @@ TOOLS = (
     "sh readlink dirname cat cksum sed awk df grep mkdir mv rm tail tee cut uname cp chmod sleep"
 )
 
+HANGS_S = 180.0
+"""What takes longer than this will never happen."""
+
 PYTHON = """#!/bin/sh
 case $* in
 "-c import sys"*) [ -n "${FAKE_VERSION-}" ] && { echo "$FAKE_VERSION"; exit; }; exec REAL "$@" ;;
@@ -55,6 +58,7 @@ case $* in
 "pip sync"*)
     echo "sync index=${UV_DEFAULT_INDEX-} link=${UV_LINK_MODE-}" >>"$CALLS"
     sleep "${FAKE_SLEEP-0}"
+    while [ -e "${FAKE_GATE-none}" ]; do sleep 0.05; done
     [ -z "${FAKE_SYNC_ERROR-}" ] || { echo "$FAKE_SYNC_ERROR" >&2; exit 2; }
     echo " + torch==0"; echo "Installed 234 packages" ;;
 "pip install"*)
@@ -112,7 +116,7 @@ class Checkout:
             cwd=self.base,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=HANGS_S,
             check=False,
         )
 
@@ -242,7 +246,7 @@ def test_interrupted_set_up_goes_on(checkout: Checkout) -> None:
     )
     wait_for_call(checkout, "sync")
     os.killpg(process.pid, 9)
-    process.wait(timeout=30)
+    process.wait(timeout=HANGS_S)
     checkout.calls()
     done = checkout.star("demo")
     assert done.returncode == 0
@@ -250,24 +254,32 @@ def test_interrupted_set_up_goes_on(checkout: Checkout) -> None:
 
 
 def test_concurrent_calls_set_up_once(checkout: Checkout) -> None:
-    first = subprocess.Popen(
-        [checkout.home / "star", "one"],
-        env={**checkout.env, "FAKE_SLEEP": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    gate = checkout.base / "gate"
+    gate.touch()
+
+    def call(word: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [checkout.home / "star", word],
+            env={**checkout.env, "FAKE_GATE": str(gate)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = call("one")
     wait_for_call(checkout, "sync")
-    second = checkout.star("two")
-    out, _ = first.communicate(timeout=60)
-    assert "waiting for it" in second.stderr
-    assert "with 1: one" in out
-    assert "with 1: two" in second.stdout
+    second = call("two")
+    assert second.stderr is not None
+    # The first is not done before the second is seen to wait for it.
+    assert any("waiting for it" in line for line in second.stderr)
+    gate.unlink()
+    assert "with 1: one" in first.communicate(timeout=HANGS_S)[0]
+    assert "with 1: two" in second.communicate(timeout=HANGS_S)[0]
     assert checkout.calls() == FRESH
 
 
 def wait_for_call(checkout: Checkout, step: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANGS_S
     path = checkout.base / "calls"
     while time.monotonic() < deadline:
         if path.exists() and step in path.read_text():

@@ -21,26 +21,28 @@ from sglang_star.errors import SetupError
 from sglang_star.model import reasoning_model
 
 CARD: Final = "24gb-7b"
-SLOWED: Final = 1.5
+SLOWED: Final = 2.0
 """How much slower than the card the engines are paced, so that two cores keep up with two cards."""
 
 SHRUNK: Final = 16
 """The model's answers are this much shorter than a 7B reasoning model's; so is what holds them."""
 
-POOL_TOKENS: Final = 3800
-SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=45.0)
+POOL_TOKENS: Final = 3400
+SLO: Final = Slo(ttft_ms=2000.0, tpot_ms=60.0)
 
-FULL: Final = Workload(bursts=3, size=24, gap_s=9.0)
-QUICK: Final = Workload(bursts=1, size=24, gap_s=9.0)
+FULL: Final = Workload(bursts=3, size=30, gap_s=10.0, max_tokens=640)
+QUICK: Final = Workload(bursts=2, size=33, gap_s=5.0, max_tokens=320)
 
 ROUTING: Final = ("--policy", "least-tokens")
 RESCHEDULING: Final = (
     *("--rescheduler-interval", "0.25"),
     *("--rescheduler-param", f"tpot_slo_ms={SLO.tpot_ms}"),
-    # Answers are short and bursts sharp: what is true for ten seconds of a large model's life is
-    # true for a few seconds of this one's.
-    *("--rescheduler-param", "cooldown_s=4"),
+    # The defaults are for answers of thousands of tokens; these last a sixteenth of that.
+    *("--rescheduler-param", "horizon_steps=256"),
+    *("--rescheduler-param", "cooldown_s=2"),
+    # Two instances are few, and chance weighs more than in a large fleet.
     *("--rescheduler-param", "moves_per_instance=2"),
+    *("--rescheduler-param", "risk_sigma=1.5"),
 )
 
 _WARM_UP: Final = 16

@@ -22,7 +22,8 @@ def render(found: Findings, report: dict[str, Any], picture: str, setting: Seque
     """
     sides = [("without", found.without.streams), ("with", found.rescheduled.streams)]
     key = "".join(
-        f'<span class="key" style="background:{charts.COLOURS[name]}"></span>{name} rescheduling'
+        f'<span class="nowrap"><i class="key" style="background:{charts.COLOURS[name]}"></i>'
+        f"{name} rescheduling</span> "
         for name, _ in sides
     )
     return f"""<!doctype html>
@@ -34,8 +35,8 @@ def render(found: Findings, report: dict[str, Any], picture: str, setting: Seque
 them, once STAR moves running ones before memory runs out.</p>
 <p>{_verdict(found, report)}</p>
 <div class="picture">{picture}</div>
-<p>Filled: KV memory in use. Dashed: the pool is full; a red triangle is an instance throwing
-running requests out of memory. An arrow is a live move.</p>
+<p>An instance whose pool is full throws running requests out (a retraction): their streams stand
+still until there is room again, and nobody new is let in meanwhile.</p>
 <h2>Side by side</h2>
 {_table("rescheduling,#off,#on", rows(report))}
 <h2>What ran</h2>

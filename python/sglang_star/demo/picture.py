@@ -39,7 +39,7 @@ def render(sides: Sequence[tuple[Side, dict[str, Any]]], caption: str) -> str:
     ``caption`` says in a line what ran.
     """
     lanes = max(len(side.instances) for side, _ in sides)
-    height = _TOP + lanes * (_LANE + _GAP) + 42
+    height = _TOP + lanes * (_LANE + _GAP) + 56
     end_s = max(side.wall_s for side, _ in sides)
     panels = "".join(
         _panel(side, numbers, left, end_s)
@@ -49,7 +49,7 @@ def render(sides: Sequence[tuple[Side, dict[str, Any]]], caption: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="KV in use on each instance over time, without and with rescheduling">'
         f'<style>{STYLE}</style><rect class="paper" width="{WIDTH}" height="{height}"/>'
-        f"{panels}"
+        f"{panels}{_legend(height - 34)}"
         f'<text x="{WIDTH / 2}" y="{height - 8}" class="soft s m">{escape(caption)}</text></svg>\n'
     )
 
@@ -64,10 +64,24 @@ def headline(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _legend(y: int) -> str:
+    """Say what the marks mean, so that the picture needs no text around it."""
+    return (
+        f'<path class="area" d="M200 {y}v-10h16v10z"/><path class="line" d="M200 {y - 10}h16"/>'
+        f'<text x="222" y="{y}" class="soft s">KV memory in use</text>'
+        f'<path class="full" d="M352 {y - 4}h22"/>'
+        f'<text x="380" y="{y}" class="soft s">pool full</text>'
+        f'<path class="bad" d="M458 {y}l-5 -9h10z"/>'
+        f'<text x="470" y="{y}" class="soft s">running requests thrown out</text>'
+        f'<path class="move" d="M662 {y + 2}v-8"/><path class="tip" d="M662 {y - 12}l-4.5 9h9z"/>'
+        f'<text x="674" y="{y}" class="soft s">live move</text>'
+    )
+
+
 def _panel(side: Side, numbers: dict[str, Any], left: int, end_s: float) -> str:
     title = _TITLES[side.name]
     if side.moves:
-        title += f": {len(side.moves)} moves"
+        title += f": {len(side.moves)} live move{'s' * (len(side.moves) != 1)}"
     marks = [f'<text x="{left}" y="30" class="ink h">{title}</text>']
     for place, (value, what) in enumerate(headline(numbers)):
         x = left + place * 140.0

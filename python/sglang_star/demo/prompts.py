@@ -25,21 +25,22 @@ class Prompt:
     seed: int | None = None
 
 
-_CHAT_TOKENS: Final = 96
+_CHAT_TOKENS: Final = 80
 
+# Half of the answers end by themselves, half are cut.
 _QUESTIONS: Final = {
     "lighthouse": "Write a story about a lighthouse keeper and a message in a bottle.",
-    "rivers": "How did rivers shape the growth of early cities?",
+    "noun": "Explain in one sentence what a noun is.",
     "garden": "How do I start a vegetable garden?",
+    "colours": "Which two colours make green, and which two make orange?",
     "library": "Write a Python class for a small lending library.",
-    "half-marathon": "Make a training plan for a first half marathon.",
-    "browser": "What happens when I type an address into a browser?",
+    "haiku": "Write a haiku about the first snow.",
     "bridges": "Compare arch, beam and suspension bridges.",
-    "letter": "Write a letter to a friend about a walk in the mountains.",
-    "primes": "Explain how the sieve of Eratosthenes finds prime numbers.",
+    "ice": "Why does ice float on water? Answer in one sentence.",
     "tides": "Why are there two high tides a day?",
+    "slogan": "Write a slogan for a tea shop.",
     "bread": "Give me a recipe for sourdough bread.",
-    "chess": "Explain the rules of chess to a child.",
+    "thanks": "Thank a colleague for her help, in two sentences.",
 }
 
 CHAT: Final[tuple[Prompt, ...]] = tuple(

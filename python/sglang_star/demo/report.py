@@ -123,7 +123,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("answers complete", *(f"{one['completed']} of {one['requests']}" for one in sides)),
         ("output tokens", *(f"{one['output_tokens']:,}" for one in sides)),
         ("first request to last answer, s", *(f"{one['wall_s']:.0f}" for one in sides)),
-        ("steps later than the card's", *(str(one["late_forwards"]) for one in sides)),
+        ("steps slower than the modelled card's", *(str(one["late_forwards"]) for one in sides)),
     ]
     return [(what, before, after) for what, before, after in table]
 

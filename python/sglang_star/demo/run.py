@@ -136,5 +136,6 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("star-demo"), help="folder of the report [%(default)s]")
     add("--quick", action="store_true", help="one burst and no chat, in a third of the time")
     add("--keep", action="store_true", help="leave the cluster and its dashboard up until Ctrl-C")
-    add("--predictor", default="builtin", help="builtin, or off: by age alone [%(default)s]")
+    add("--predictor", choices=("builtin", "off"), default="builtin",
+        help="off: the rescheduler goes by age alone [%(default)s]")  # fmt: skip
     return made

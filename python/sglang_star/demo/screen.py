@@ -48,7 +48,7 @@ class Screen:
         self._drawn = 0
 
     def _draw(self, streams: Sequence[Stream]) -> None:
-        lines = self._moves()
+        lines = self._moves({stream.rid for stream in streams})
         head = self._head(streams)
         loads = self._watcher.latest().values()
         if self._terminal:
@@ -76,11 +76,13 @@ class Screen:
             f"{len(streams) - done} under way, {rate:.0f} tokens/s"
         )
 
-    def _moves(self) -> list[str]:
+    def _moves(self, ours: set[str]) -> list[str]:
         lines = []
         for move in reversed(self._watcher.moves):
             name = move["migration_id"] or f"{move['rid']} {move['ordered_at']}"
-            if move["state"] not in ("ordered", "accepted") and name not in self._announced:
+            if move["rid"] not in ours or move["state"] in ("ordered", "accepted"):
+                continue
+            if name not in self._announced:
                 self._announced.add(name)
                 lines.append(move_line(move))
         return lines

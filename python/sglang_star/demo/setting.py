@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from sglang_star.demo import comparison as c
-from sglang_star.demo.workload import LONGEST, MAX_TOKENS, Workload
+from sglang_star.demo.workload import LONGEST, Workload
 from sglang_star.platform.profile import find
 
 
 def caption(workload: Workload) -> str:
     """Return one line for below the picture."""
     return (
-        f"{workload.requests} requests in {workload.bursts} burst{'s' * (workload.bursts > 1)}; "
+        f"{workload.requests} requests in {workload.bursts} bursts; "
         f"1 prefill and 2 decode engines of SGLang, paced to a 24 GB card slowed {c.SLOWED:g} times"
     )
 
@@ -19,11 +19,11 @@ def paragraphs(workload: Workload) -> list[str]:
     """Return what ran, what was the same, what is modelled and what was chosen."""
     profile = find(c.CARD)
     return [
-        f"Load: {workload.requests} requests in {workload.bursts} burst(s) of {workload.size}, "
+        f"Load: {workload.requests} requests in {workload.bursts} bursts of {workload.size}, "
         f"{workload.gap_s:g} s apart; the same ones, at the same times, with the same seeds in "
         f"both runs. They are problems for a small reasoning model that writes out every step, so "
         f"how long an answer becomes shows only as it is written. Answers end where the model ends "
-        f"them; the clients' limit is {MAX_TOKENS} tokens for all.",
+        f"them; the clients' limit is {workload.max_tokens} tokens for all.",
         "Both runs use the same engines, started once, with empty caches; the same router, the "
         "same queue and the same dispatch (least-tokens, the best that does not look ahead). Only "
         "the rescheduler differs. It goes by the estimates of the model's packaged head.",

@@ -16,8 +16,8 @@ svg { width: 100%; height: auto; display: block } .picture { margin: 1.4rem 0 .6
 .tick, .label { fill: var(--soft); font-size: 12px; text-anchor: middle } .end { text-anchor: end }
 .band { stroke: #8b5cf6; stroke-opacity: .22; stroke-width: 2 }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .35em 0 1em }
-.scroll { overflow-x: auto }
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .35em }
+.nowrap { white-space: nowrap } .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .88rem;
   font-variant-numeric: tabular-nums } th, td { text-align: left; padding: .35rem .5rem;
   border-bottom: 1px solid var(--line) } th { color: var(--soft); font-weight: 500 }

@@ -17,19 +17,20 @@ from typing import Final
 from sglang_star.demo.prompts import Prompt
 
 LONGEST: Final = 600
-MAX_TOKENS: Final = 1024
-"""Every client's limit: far above most answers, the same for all, and no hint to anybody."""
-
 _SEED: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Bursts of ``size`` requests, one every ``gap_s`` seconds, each spread over ``spread_s``."""
+    """Bursts of ``size`` requests, one every ``gap_s`` seconds, each spread over ``spread_s``.
+
+    ``max_tokens`` is every client's limit: above most answers, and the same for all.
+    """
 
     bursts: int
     size: int
     gap_s: float
+    max_tokens: int
     spread_s: float = 1.0
 
     @property
@@ -46,7 +47,7 @@ class Workload:
             for _ in range(self.size)
         )
         return [
-            Prompt(f"{family}-{number}", text, MAX_TOKENS, at_s=at_s, seed=number)
+            Prompt(f"{family}-{number}", text, self.max_tokens, at_s=at_s, seed=number)
             for number, (at_s, (family, text)) in enumerate(zip(times, problems(), strict=False))
         ]
 

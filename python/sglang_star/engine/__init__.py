@@ -1,4 +1,5 @@
-"""What we need of SGLang, written down as a table and held against SGLang's source text.
+"""The seam between STAR and SGLang.
 
-Nothing here imports SGLang: the same check reads an installed release, a folder or a wheel.
+``verbs`` is what moves, orders and status ask of an engine, ``real`` how SGLang does it, and
+``contract`` the table of all of SGLang that this takes, checked against its source.
 """

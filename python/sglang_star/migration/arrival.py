@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from array import array
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from sglang_star.config import StarConfig
+from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import OrderRefused, StarError
-from sglang_star.migration import batch, codec
+from sglang_star.faults import Faults
 from sglang_star.migration.guests import GUEST_PREFIX, Guest, Guests
-from sglang_star.migration.links import Links
-from sglang_star.migration.pages import KvPages
+from sglang_star.migration.post import Post
 from sglang_star.migration.relay import ARRIVED, MOVES, Relay
 from sglang_star.migration.states import TargetEvent, target_machine
 from sglang_star.migration.transport import carrier as carrier_named
-from sglang_star.predictor.state import import_state
 from sglang_star.protocol import (
     DRAIN,
     Commit,
@@ -28,10 +25,6 @@ from sglang_star.protocol import (
     Reserved,
 )
 
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler import Scheduler
-
 HEADROOM_TOKENS = 64
 """Free KV a target keeps beyond a guest's context, so that it can decode at all."""
 
@@ -41,17 +34,15 @@ class Arrivals:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        pages: KvPages,
-        links: Links,
+        engine: Engine,
+        post: Post,
         relay: Relay,
         guests: Guests,
         config: StarConfig,
         fingerprint: str,
     ) -> None:
-        self._scheduler = scheduler
-        self._pages = pages
-        self._links = links
+        self._engine = engine
+        self._post = post
         self._relay = relay
         self._guests = guests
         self._config = config
@@ -74,14 +65,14 @@ class Arrivals:
 
     def _admit(self, message: Reserve) -> Guest:
         self._check(message)
-        comes_home = message.home == self._links.peer
+        comes_home = message.home == self._post.peer
         shadow = self._relay.shadows.get(message.stream_id)
         if comes_home and shadow is None:
             raise OrderRefused("the stream has ended at home")
-        now = time.monotonic()
+        now = self._engine.now()
         return Guest(
             reserve=message,
-            rid=shadow.req.rid if comes_home and shadow else GUEST_PREFIX + uuid.uuid4().hex,
+            rid=shadow.req.rid if comes_home and shadow else GUEST_PREFIX + self._engine.new_id(),
             carrier=carrier_named(message.transport).receive(message.transport_setup),
             deadline=now + self._config.move_deadline_s,
             confirmed_at=now,
@@ -90,7 +81,7 @@ class Arrivals:
         )
 
     def _check(self, message: Reserve) -> None:
-        scheduler = self._scheduler
+        engine = self._engine
         if message.fingerprint != self._fingerprint:
             raise OrderRefused(
                 "another model, dtype, page size, parallelism or release runs here",
@@ -101,34 +92,31 @@ class Arrivals:
         if len(self._guests.by_stream) >= self._config.max_guests:
             raise OrderRefused("as many guests as --star-max-guests allows are here")
         arriving = self._guests.arriving()
-        busy = len(scheduler.running_batch.reqs) + len(arriving)
-        if busy >= scheduler.max_running_requests or not scheduler.req_to_token_pool.free_slots:
+        if not engine.has_slot(len(arriving)):
             raise OrderRefused("no request slot is free")
-        if waiting := batch.retracted(scheduler):
-            raise OrderRefused(f"KV memory is full: {len(waiting)} requests wait for it here")
+        if waiting := engine.retracted():
+            raise OrderRefused(f"KV memory is full: {waiting} requests wait for it here")
         promised = sum(guest.reserve.context_tokens for guest in arriving)
         kept = HEADROOM_TOKENS
         # Off an instance that is to go: better here and retracted than lost with it.
         if message.reason != DRAIN:
-            kept = max(kept, batch.reserve_after(scheduler, len(arriving) + 1))
-        if self._pages.free - promised < message.context_tokens + kept:
+            kept = max(kept, engine.kept_free(len(arriving) + 1))
+        free = engine.free_tokens()
+        if free - promised < message.context_tokens + kept:
             raise OrderRefused(
-                f"KV memory is full: {self._pages.free} tokens free, {promised} of them promised, "
+                f"KV memory is full: {free} tokens free, {promised} of them promised, "
                 f"{kept} kept for requests to grow"
             )
 
     def _rebuild(self, guest: Guest) -> None:
-        """Let SGLang make a request of the message, as if its own client had sent it."""
+        """Let the engine make a request of the message, as if its own client had sent it."""
         message = guest.reserve
-        request = codec.decode_request(message.request, message.prompt_ids, guest.rid)
-        self._scheduler.handle_generate_request(request)
-        if guest.req is None and not any(
-            req.rid == guest.rid for req in self._scheduler.grammar_manager.grammar_queue
-        ):
+        self._engine.rebuild(message.request, message.prompt_ids, guest.rid)
+        if guest.req is None and not self._engine.compiles(guest.rid):
             raise OrderRefused("the target's SGLang does not accept the request")
 
-    def rebuilt(self, req: Req) -> bool:
-        """SGLang is about to queue ``req``; keep it if it is an arriving guest.
+    def rebuilt(self, req: Request) -> bool:
+        """The engine is about to queue ``req``; keep it if it is an arriving guest.
 
         Returns:
             False if it is not, so that it is queued as usual.
@@ -140,9 +128,8 @@ class Arrivals:
         if guest.req is not None:
             return False
         guest.req = req
-        if req.to_finish is not None or req.finished():
-            reason = req.to_finish or req.finished_reason
-            self._guests.refuse(guest.reserve, OrderRefused(str(reason.to_json().get("message"))))
+        if refusal := self._engine.refusal(req):
+            self._guests.refuse(guest.reserve, OrderRefused(refusal))
             return True
         try:
             self._seat(guest)
@@ -153,10 +140,8 @@ class Arrivals:
     def _seat(self, guest: Guest) -> None:
         req, message = guest.req, guest.reserve
         assert req is not None
-        if not self._pages.reserve_row(req):
+        if not self._engine.seat(req, message.max_new_tokens):
             raise OrderRefused("no request slot is free")
-        self._pages.bind_to_root(req)
-        req.sampling_params.max_new_tokens = message.max_new_tokens
         if not guest.comes_home:
             setattr(req, MOVES, message.moves + 1)
         guest.machine = target_machine()
@@ -168,18 +153,12 @@ class Arrivals:
         if guest is None or guest.machine is None or guest.req is None or not guest.arriving:
             return
         try:
-            if message.start != guest.req.kv.kv_allocated_len or message.end <= message.start:
+            if message.start != self._engine.held(guest.req) or message.end <= message.start:
                 raise OrderRefused("KV arrived out of order")
-            nbytes = (message.end - message.start) * self._pages.token_bytes
-            source = guest.carrier.slot(message.slot)
-            if nbytes > source.numel():
-                raise OrderRefused("a slot cannot hold that many tokens")
-            if not self._pages.extend(guest.req, message.end):
+            slot = guest.carrier.slot(message.slot)
+            if not self._engine.extend(guest.req, message.end):
                 raise OrderRefused("KV memory is full")
-            if self._scheduler.enable_overlap:
-                # A finished request's redundant last step may still write slots we just got.
-                self._scheduler.schedule_stream.wait_stream(self._scheduler.forward_stream)
-            self._pages.scatter(guest.req, message.start, message.end, source)
+            self._engine.scatter(guest.req, message.start, message.end, slot)
         except StarError as error:
             self._guests.refuse(guest.reserve, error)
             return
@@ -192,7 +171,7 @@ class Arrivals:
         """The source finishes its last step of a request that comes here."""
         guest = self._guests.by_stream.get(message.stream_id)
         if guest is not None:
-            guest.due = time.monotonic() + 2 * message.step_ms / 1e3
+            guest.due = self._engine.now() + 2 * message.step_ms / 1e3
 
     def on_commit(self, message: Commit) -> None:
         """Insert the request into the running batch: it decodes here from the next step on."""
@@ -209,7 +188,7 @@ class Arrivals:
             self._guests.refuse(guest.reserve, error)
             return
         inserted: dict[str, Any] = {
-            "host": self._links.peer,
+            "host": self._post.peer,
             "facts": message.facts,
             "moves": guest.reserve.moves + 1,
         }
@@ -220,13 +199,15 @@ class Arrivals:
             self._guests.forget(guest)
         elif guest.reserve.home != guest.reserve.source:
             address = self._guests.address(message, to=guest.reserve.home)
-            self._links.send(guest.reserve.home, Inserted(**address, **inserted))
+            self._post.send(guest.reserve.home, Inserted(**address, **inserted))
 
-    def step(self) -> None:
+    def step(self, faults: Faults) -> None:
         """Look again at commits that came before the tokens of an earlier host."""
         for guest in self._guests.arriving():
             if guest.commit is not None:
-                self.on_commit(guest.commit)
+                end = partial(self._guests.abandon, guest, "a defect at the target")
+                with faults.contained("a late commit", end):
+                    self.on_commit(guest.commit)
 
     def _misses_tokens(self, guest: Guest, message: Commit) -> bool:
         return (
@@ -246,20 +227,12 @@ class Arrivals:
             if list(req.output_ids) != list(message.output_ids):
                 raise OrderRefused("home has other tokens of this stream")
         else:
-            req.output_ids = array("q", message.output_ids)
-            if req.grammar is not None:
-                for token in message.output_ids:
-                    req.grammar.accept_token(token)
-        length = batch.completed_tokens(req)
-        if not length == message.committed_tokens == req.kv.kv_allocated_len:
-            raise OrderRefused("the committed length does not match the KV received")
-        req.kv.kv_committed_len = length
+            self._engine.adopt(req, message.output_ids)
         guest.base = guest.sent = len(req.output_ids)
         setattr(req, ARRIVED, guest.base)
-        import_state(req, message.predictor)
+        self._engine.join(req, message.committed_tokens, message.penalty_log, message.predictor)
         guest.machine.fire(TargetEvent.COMMIT)
         guest.carrier.close()
-        batch.unpark(self._scheduler, req, message.penalty_log)
 
     def _answer(self, guest: Guest, message: Any) -> None:
-        self._links.send(guest.reserve.source, message)
+        self._post.send(guest.reserve.source, message)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from sglang_star.migration import batch
-from sglang_star.migration.links import Links
+from sglang_star.engine.verbs import Engine
 from sglang_star.migration.move import Move
-from sglang_star.migration.pages import KvPages
+from sglang_star.migration.post import Post
 from sglang_star.migration.states import HomeEvent
-from sglang_star.predictor.state import export_state
 from sglang_star.protocol import Commit, MigrationMessage, PagesReady, Parked
 
 
 class Cargo:
     """Loads the outgoing moves of this instance."""
 
-    def __init__(self, pages: KvPages, links: Links) -> None:
-        self._pages = pages
-        self._links = links
+    def __init__(self, engine: Engine, post: Post) -> None:
+        self._engine = engine
+        self._post = post
         # No more than this is a last bit, not worth another step of waiting.
-        self._small = max(pages.page_size, 2)
+        self._small = max(engine.page_size, 2)
 
     def load(self, move: Move, budget: int) -> int:
         """Gather what is complete into free slots and return how many tokens that were.
@@ -35,7 +33,7 @@ class Cargo:
             end = min(ready, move.sent + move.slot_tokens)
             loaded += end - move.sent
             slot = move.free_slots.pop()
-            self._pages.gather(move.req, move.sent, end, move.carrier.slot(slot))
+            self._engine.gather(move.req, move.sent, end, move.carrier.slot(slot))
             self._send(PagesReady(**move.address, start=move.sent, end=end, slot=slot), move)
             move.sent = end
         return loaded
@@ -47,20 +45,21 @@ class Cargo:
     def seal(self, move: Move) -> None:
         """Of a parked request: announce the commit, and send it once all KV is gathered."""
         req = move.req
-        length = batch.completed_tokens(req)
+        length = self._engine.written(req)
         if length - move.sent <= self._small and not move.announced:
             move.announced = True
             self._send(Parked(**move.address, step_ms=move.step_ms), move)
-        if move.sent < length or not batch.is_settled(req):
+        if move.sent < length or not self._engine.is_settled(req):
             return
         move.machine.fire(HomeEvent.COMMIT)
+        penalty_log, predictor = self._engine.state(req)
         self._send(
             Commit(
                 **move.address,
                 committed_tokens=length,
                 output_ids=tuple(req.output_ids),
-                penalty_log=tuple(getattr(req, batch.PENALTY_LOG, ())),
-                predictor=export_state(req),
+                penalty_log=penalty_log,
+                predictor=predictor,
                 facts=move.facts(),
             ),
             move,
@@ -68,10 +67,10 @@ class Cargo:
 
     def _ready(self, move: Move) -> int:
         """Positions whose KV can be gathered: of a request that goes on growing, whole pages."""
-        complete = batch.completed_tokens(move.req)
-        if move.off_batch and batch.is_settled(move.req):
+        complete = self._engine.written(move.req)
+        if move.off_batch and self._engine.is_settled(move.req):
             return complete
-        return complete // self._pages.page_size * self._pages.page_size
+        return complete // self._engine.page_size * self._engine.page_size
 
     def _send(self, message: MigrationMessage, move: Move) -> None:
-        self._links.send(move.target, message)
+        self._post.send(move.target, message)

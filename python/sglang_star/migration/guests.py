@@ -6,23 +6,18 @@ A guest is an ordinary SGLang request under a rid of its own; only its output ta
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from sglang.srt.managers.io_struct import AbortReq
+from functools import partial
+from typing import Any
 
 from sglang_star.config import StarConfig
+from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import OrderRefused, StarError
-from sglang_star.migration.links import Links
-from sglang_star.migration.pages import KvPages
+from sglang_star.faults import Faults
+from sglang_star.migration.post import Post
 from sglang_star.migration.states import Machine, Target, TargetEvent
 from sglang_star.migration.transport.base import Carrier
 from sglang_star.protocol import Commit, MigrationMessage, Peer, Refused, Release, Reserve
-
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +45,7 @@ class Guest:
     confirmed_at: float
     comes_home: bool = False
     machine: Machine[Target, TargetEvent] | None = None
-    req: Req | None = None
+    req: Request | None = None
     base: int = 0
     sent: int = 0
     muted: bool = False
@@ -71,15 +66,12 @@ class Guests:
         draining: take no more.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, pages: KvPages, links: Links, config: StarConfig
-    ) -> None:
+    def __init__(self, engine: Engine, post: Post, config: StarConfig) -> None:
         self.by_stream: dict[str, Guest] = {}
         self.by_rid: dict[str, Guest] = {}
         self.draining = False
-        self._scheduler = scheduler
-        self._pages = pages
-        self._links = links
+        self._engine = engine
+        self._post = post
         self._config = config
 
     def add(self, guest: Guest) -> None:
@@ -93,14 +85,15 @@ class Guests:
 
     def expecting(self) -> bool:
         """Whether a commit should arrive within about a step."""
-        now = time.monotonic()
+        now = self._engine.now()
         return any(guest.due > now for guest in self.arriving())
 
-    def step(self) -> None:
+    def step(self, faults: Faults) -> None:
         """Drop arrivals whose deadline has passed."""
-        now = time.monotonic()
+        now = self._engine.now()
         for guest in [g for g in self.arriving() if now > g.deadline]:
-            self.refuse(guest.reserve, OrderRefused("deadline passed at the target"))
+            with faults.contained("an arrival", partial(self.forget, guest)):
+                self.refuse(guest.reserve, OrderRefused("deadline passed at the target"))
 
     def on_release(self, message: Release) -> None:
         """Home or source no longer wants it."""
@@ -111,6 +104,13 @@ class Guests:
             return
         self.drop(guest, message.reason)
 
+    def abandon(self, guest: Guest, why: str) -> None:
+        """Give a guest up after a defect: its source, or its home, goes on without it."""
+        if guest.arriving:
+            self.refuse(guest.reserve, OrderRefused(why))
+        else:
+            self.drop(guest, why)
+
     def drop(self, guest: Guest, why: str) -> None:
         """Free everything of a guest and tell nobody."""
         logger.info("STAR drops guest %s: %s", guest.reserve.client_rid, why)
@@ -118,13 +118,13 @@ class Guests:
             if guest.machine is not None:
                 guest.machine.fire(TargetEvent.CANCEL)
             if guest.req is not None:
-                self._pages.release(guest.req, keep_prefix=False)
+                self._engine.release(guest.req, keep_prefix=False)
             self.forget(guest)
         elif not guest.muted:
             guest.muted = True
             assert guest.machine is not None
             guest.machine.fire(TargetEvent.ABORT)
-            self._scheduler.abort_request(AbortReq(rid=guest.rid))
+            self._engine.abort(guest.rid)
 
     def handed_over(self, stream_id: str) -> None:
         """A guest has moved on to another host."""
@@ -135,7 +135,7 @@ class Guests:
 
     def on_live(self, peer: Peer, live: frozenset[str]) -> None:
         """A home told which streams it wants; drop what it has not wanted for too long."""
-        now = time.monotonic()
+        now = self._engine.now()
         for guest in list(self.by_stream.values()):
             if guest.reserve.home != peer or guest.arriving:
                 continue
@@ -155,7 +155,7 @@ class Guests:
         guest = self.by_stream.get(message.stream_id)
         if guest is not None and guest.reserve.migration_id == message.migration_id:
             self.drop(guest, error.message)
-        self._links.send(
+        self._post.send(
             message.source,
             Refused(
                 **self.address(message),
@@ -175,6 +175,6 @@ class Guests:
         return {
             "migration_id": message.migration_id,
             "stream_id": message.stream_id,
-            "sender_incarnation": self._links.peer.incarnation,
+            "sender_incarnation": self._post.peer.incarnation,
             "receiver_incarnation": to.incarnation if to else message.sender_incarnation,
         }

@@ -6,6 +6,10 @@ while a long prefill or a slow step holds the scheduler.
 
 Each instance binds one PULL socket; peers connect PUSH sockets to it. Messages between two
 instances therefore arrive in the order they were sent.
+
+A watched peer is lost when its process is gone, which its connection shows within about a second;
+when another process answers under its name; or when it is silent for the time-out, be it frozen,
+starved or cut off. Heartbeats do not wait for the scheduler, so a busy peer is not silent.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from dataclasses import dataclass
 import zmq
 
 from sglang_star.errors import ConfigError, ProtocolError
+from sglang_star.migration.connection import Connection
+from sglang_star.migration.post import PeerLost
+from sglang_star.migration.watch import Watch
 from sglang_star.protocol import (
     Heartbeat,
     Inserted,
@@ -39,18 +46,9 @@ from sglang_star.protocol import (
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20
-SEND_HIGH_WATER_MARK = 100_000
 URGENT = (TokenChunk, Inserted, Reserved, PagesTaken)
 """What may be handled while a decode step runs, since it touches no request that is in it: a
 relayed token need not wait for home's own step."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLost:
-    """Put into the inbox once when a watched peer is silent too long or has restarted."""
-
-    peer: Peer
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +107,8 @@ class Links:
         self._context = zmq.Context(io_threads=1)
         self._outbox: deque[tuple[str | bytes, bytes]] = deque()
         self._outbox_wake = Wake()
-        self._lock = threading.Lock()
-        self._watched: dict[str, tuple[Peer, frozenset[str], float]] = {}
-        self._peers: dict[str, zmq.Socket[bytes]] = {}
+        self._watch = Watch(timeout_s)
+        self._connections: dict[str, Connection] = {}
         self._blamed: set[str] = set()
         self._closing = False
         self._pull, port = self._bind(zmq.PULL, host, migration_port, "--star-migration-port")
@@ -167,17 +164,7 @@ class Links:
 
     def watch(self, peers: dict[str, tuple[Peer, frozenset[str]]]) -> None:
         """Set the peers to exchange heartbeats with: address -> (peer, live stream ids)."""
-        now = time.monotonic()
-        with self._lock:
-            seen = {
-                address: last
-                for address, (peer, _, last) in self._watched.items()
-                if address in peers and peers[address][0].incarnation == peer.incarnation
-            }
-            self._watched = {
-                address: (peer, live, seen.get(address, now))
-                for address, (peer, live) in peers.items()
-            }
+        self._watch.set(peers, time.monotonic())
         self._outbox_wake.set()
 
     def take(self, *, urgent_only: bool = False) -> Message | Order | PeerLost | None:
@@ -214,15 +201,17 @@ class Links:
         poller.register(self._outbox_wake.fd, zmq.POLLIN)
         next_beat = time.monotonic()
         while not self._closing:
-            wait = max(0.0, next_beat - time.monotonic()) if self._watched else 1.0
+            wait = max(0.0, next_beat - time.monotonic()) if self._watch else 1.0
             poller.poll(int(min(wait, 1.0) * 1000))
             self._flush()
             self._receive()
             self._receive_orders()
-            if time.monotonic() >= next_beat:
-                self._beat()
+            if (late_s := time.monotonic() - next_beat) >= 0.0:
+                self._beat(late_s)
                 next_beat = time.monotonic() + self._heartbeat_s
-        for socket in (self._pull, self._publisher, self._orders, *self._peers.values()):
+        for connection in self._connections.values():
+            connection.close()
+        for socket in (self._pull, self._publisher, self._orders):
             socket.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -234,20 +223,23 @@ class Links:
             try:
                 if isinstance(to, bytes):
                     self._orders.send_multipart([to, data], zmq.NOBLOCK)
+                elif to:
+                    self._connect(to).send(data)
                 else:
-                    (self._connect(to) if to else self._publisher).send(data, zmq.NOBLOCK)
+                    self._publisher.send(data, zmq.NOBLOCK)
             except zmq.ZMQError:
                 self.dropped["send"] += 1
 
-    def _connect(self, address: str) -> zmq.Socket[bytes]:
-        socket = self._peers.get(address)
-        if socket is None:
-            socket = self._context.socket(zmq.PUSH)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
-            socket.connect(address)
-            self._peers[address] = socket
-        return socket
+    def _connect(self, address: str) -> Connection:
+        connection = self._connections.get(address)
+        if connection is None:
+            connection = self._connections[address] = Connection(self._context, address)
+        return connection
+
+    def _disconnect(self, address: str) -> None:
+        connection = self._connections.pop(address, None)
+        if connection is not None:
+            connection.close()
 
     def _receive(self) -> None:
         arrived = False
@@ -290,50 +282,37 @@ class Links:
 
     def _hear(self, beat: Heartbeat) -> None:
         sender = beat.sender
-        with self._lock:
-            watched = self._watched.get(sender.address)
-            if watched is not None and watched[0].incarnation == sender.incarnation:
-                self._watched[sender.address] = (watched[0], watched[1], time.monotonic())
-                return
+        if self._watch.hear(sender, time.monotonic()):
+            return
         # A peer that believes it has business with us while we do not know of any: an answer
         # shows it our incarnation, so that it notices a restart at once instead of by time-out.
         if beat.live:
             self._outbox.append((sender.address, encode(self._heartbeat(sender, frozenset()))))
             self._flush()
-        self._lose_former_incarnations(sender)
-
-    def _lose_former_incarnations(self, sender: Peer) -> None:
-        with self._lock:
-            former = [
-                (address, peer)
-                for address, (peer, _, _) in self._watched.items()
-                if peer.instance_id == sender.instance_id and peer.incarnation != sender.incarnation
-            ]
-            for address, _ in former:
-                del self._watched[address]
-        for _, peer in former:
+        for peer in self._watch.drop_former(sender):
             self._lost(peer, "it has restarted")
 
-    def _beat(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            watched = dict(self._watched)
-            silent = [
-                address for address, (_, _, last) in watched.items() if now - last > self._timeout_s
-            ]
-            for address in silent:
-                del self._watched[address]
-        for address, (peer, live, _) in watched.items():
-            if address in silent:
-                self._lost(peer, f"silent for {self._timeout_s:g} s")
-            else:
-                self._outbox.append((address, encode(self._heartbeat(peer, live))))
+    def _beat(self, late_s: float) -> None:
+        """Find out who is lost, and tell the others that we are here; ``late_s`` after its time."""
+        gone = self._gone()
+        for peer in self._watch.drop(gone):
+            self._lost(peer, "its process is gone")
+        for address in gone:
+            self._disconnect(address)
+        for peer in self._watch.drop_silent(time.monotonic(), late_s):
+            self._lost(peer, f"silent for {self._timeout_s:g} s")
+        for one in self._watch.everyone():
+            self._outbox.append((one.peer.address, encode(self._heartbeat(one.peer, one.live))))
         self._flush()
 
+    def _gone(self) -> set[str]:
+        """Addresses at which nobody listens any more."""
+        for connection in self._connections.values():
+            connection.note_events()
+        return {address for address, one in self._connections.items() if one.gone}
+
     def _lost(self, peer: Peer, why: str) -> None:
-        socket = self._peers.pop(peer.address, None)
-        if socket is not None:
-            socket.close()
+        self._disconnect(peer.address)
         self.inbox.append(PeerLost(peer, why))
         self.wake.set()
 

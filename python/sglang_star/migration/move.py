@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sglang_star.engine.verbs import Request
 from sglang_star.migration.states import OFF_BATCH, Home, HomeEvent, Machine, home_machine
 from sglang_star.migration.transport.base import Carrier
 from sglang_star.protocol import MoveFacts, MoveReport, Peer
-
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
 
 SLOTS = 4
 """Pieces of a carrier: one is filled while others are on their way or being emptied."""
@@ -26,7 +23,7 @@ class Move:
         slot_tokens: KV positions that a slot holds; token_bytes: size of one.
         free_slots: those the target does not read any more.
         sent: KV positions gathered so far; precopied: of these, before parking.
-        deadline: monotonic seconds.
+        deadline: monotonic seconds; started_at: seconds since the epoch.
         hold_at: output tokens at which the request leaves the batch whatever was copied by then;
             None to let it decode until the copy has caught up.
         announced: whether the target was told that the commit is near.
@@ -34,7 +31,7 @@ class Move:
 
     migration_id: str
     stream_id: str
-    req: Req
+    req: Request
     client_rid: str
     source: Peer
     home: Peer
@@ -45,13 +42,13 @@ class Move:
     token_bytes: int
     step_ms: float
     deadline: float
+    started_at: float
     hold_at: int | None = None
     announced: bool = False
     machine: Machine[Home, HomeEvent] = field(default_factory=home_machine)
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
     sent: int = 0
     precopied: int = 0
-    started_at: float = field(default_factory=time.time)
 
     @property
     def off_batch(self) -> bool:
@@ -85,8 +82,8 @@ class Move:
             started_at=self.started_at,
         )
 
-    def failed(self, outcome: str, detail: str) -> MoveReport:
-        """The report of a move that did not."""
+    def failed(self, outcome: str, detail: str, context_tokens: int, now: float) -> MoveReport:
+        """The report of a move that did not; ``now`` by the wall clock."""
         return MoveReport(
             migration_id=self.migration_id,
             rid=self.client_rid,
@@ -95,11 +92,11 @@ class Move:
             outcome=outcome,
             reason=self.reason,
             detail=detail,
-            context_tokens=self.req.seqlen,
+            context_tokens=context_tokens,
             precopied_tokens=self.precopied,
             output_tokens=len(self.req.output_ids),
             step_ms=self.step_ms,
             transport_bytes=self.sent * self.token_bytes,
             started_at=self.started_at,
-            finished_at=time.time(),
+            finished_at=now,
         )

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
+from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import OrderRefused
-from sglang_star.migration import codec
 from sglang_star.migration.guests import GUEST_PREFIX, Guests
-from sglang_star.migration.links import Links
+from sglang_star.migration.post import Post
 from sglang_star.migration.relay import ESTIMATE
 from sglang_star.migration.states import TargetEvent
 from sglang_star.protocol import TokenChunk
-
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
 
 
 class Outflow:
     """Diverts what SGLang would send to clients that are not ours."""
 
-    def __init__(self, links: Links, guests: Guests) -> None:
-        self._links = links
+    def __init__(self, engine: Engine, post: Post, guests: Guests) -> None:
+        self._engine = engine
+        self._post = post
         self._guests = guests
 
-    def emit(self, req: Req) -> bool:
+    def emit(self, req: Request) -> bool:
         """Send a guest's new tokens home; False if ``req`` is not a guest."""
         guest = self._guests.by_rid.get(req.rid)
         if guest is None or guest.comes_home:
@@ -40,11 +38,11 @@ class Outflow:
             **self._guests.address(guest.reserve, to=guest.reserve.home),
             index=guest.sent,
             token_ids=tuple(req.output_ids[guest.sent :]),
-            details=codec.encode_details(req, guest.sent - guest.base, have - guest.base),
+            details=self._engine.details(req, guest.sent - guest.base, have - guest.base),
             remaining=getattr(req, ESTIMATE, ()),
-            finished=codec.encode_finish(req),
+            finished=self._engine.finish_reason(req),
         )
-        self._links.send(guest.reserve.home, chunk)
+        self._post.send(guest.reserve.home, chunk)
         guest.sent = have
         assert guest.machine is not None
         if req.finished():
@@ -64,7 +62,7 @@ class Outflow:
             return True
         if not guest.muted and guest.req is not None:
             reason = reason or {"type": "abort", "message": "Aborted at its migration target"}
-            self._links.send(
+            self._post.send(
                 guest.reserve.home,
                 TokenChunk(
                     **self._guests.address(guest.reserve, to=guest.reserve.home),

@@ -8,23 +8,18 @@ notices where they came from.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import orjson
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_star.migration import batch, codec
-from sglang_star.migration.links import Links
+from sglang_star.engine.verbs import Engine, Request
+from sglang_star.errors import MalformedMessage
+from sglang_star.migration.post import Post
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Home, HomeEvent, Machine
 from sglang_star.protocol import Inserted, MoveReport, Peer, Release, TokenChunk
-
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +40,7 @@ class Shadow:
         early: chunks that overtook another host's last ones, by index.
     """
 
-    req: Req
+    req: Request
     stream_id: str
     migration_id: str
     host: Peer
@@ -57,16 +52,14 @@ class Shadow:
 class Relay:
     """All shadows of this instance."""
 
-    def __init__(
-        self, scheduler: Scheduler, links: Links, log: MoveLog, *, timeout_s: float
-    ) -> None:
+    def __init__(self, engine: Engine, post: Post, log: MoveLog, *, timeout_s: float) -> None:
         self.shadows: dict[str, Shadow] = {}
-        self._scheduler = scheduler
-        self._links = links
+        self._engine = engine
+        self._post = post
         self._log = log
         self._timeout_s = timeout_s
         # By rid: SGLang's detokenizer must not see a request twice in one batch.
-        self._fresh: dict[str, Req] = {}
+        self._fresh: dict[str, Request] = {}
 
     # ------------------------------------------------------------------ a stream leaves, returns
 
@@ -92,7 +85,7 @@ class Relay:
         if message.moves > getattr(shadow.req, MOVES, 0):
             shadow.host = message.host
             shadow.migration_id = message.migration_id
-            shadow.confirmed_at = time.monotonic()
+            shadow.confirmed_at = self._engine.now()
         self._arrived(shadow.req, message)
 
     # ------------------------------------------------------------------ tokens
@@ -120,53 +113,40 @@ class Relay:
         if self._fresh:
             fresh = list(self._fresh.values())
             self._fresh.clear()
-            self._scheduler.output_streamer.stream_output(
-                fresh, any(req.return_logprob for req in fresh)
-            )
+            self._engine.emit(fresh)
 
     def _append(self, shadow: Shadow, chunk: TokenChunk) -> None:
         req = shadow.req
-        processor = self._scheduler.batch_result_processor
-        codec.append_details(req, chunk.details)
-        for token in chunk.token_ids:
-            req.output_ids.append(token)
-            req.time_stats.set_last_decode_finish_time()
-            processor._maybe_update_reasoning_tokens(req, [token])
-            req.update_finish_state(1)
-            if req.grammar is not None:
-                processor._accept_grammar_tokens(req, [token])
-                req.grammar.finished = req.finished()
+        # What can be malformed is read before anything is appended.
+        reason = _reason(chunk.finished)
+        self._engine.append(req, chunk.token_ids, chunk.details)
         setattr(req, ESTIMATE, chunk.remaining)
-        if chunk.finished and not req.finished():
-            reason = orjson.loads(chunk.finished)
-            req.finished_reason = FINISH_ABORT(
-                reason.get("message"), reason.get("status_code"), reason.get("err_type")
-            )
         if req.finished():
-            self._end(shadow, HomeEvent.FINISH)
+            reason = None  # it saw the end itself, and why
+        if reason is not None or req.finished():
+            self._end(shadow, HomeEvent.FINISH, reason)
             if not chunk.finished:
                 self._release(shadow.stream_id, shadow.migration_id, shadow.host, "finished")
         self._fresh[req.rid] = req
 
-    def _end(self, shadow: Shadow, event: HomeEvent) -> None:
+    def _end(self, shadow: Shadow, event: HomeEvent, reason: dict[str, Any] | None) -> None:
         shadow.machine.fire(event)
-        shadow.req.time_stats.set_completion_time()
+        self._engine.end(shadow.req, reason)
         del self.shadows[shadow.stream_id]
 
     # ------------------------------------------------------------------ abort, loss
 
-    def abort(self, wanted: Callable[[Req], bool], reason: FINISH_ABORT) -> None:
+    def abort(self, wanted: Callable[[Request], bool], reason: dict[str, Any]) -> None:
         """End every shadow that ``wanted`` names, here and at its host."""
         for shadow in [s for s in self.shadows.values() if wanted(s.req)]:
-            shadow.req.finished_reason = reason
-            self._end(shadow, HomeEvent.ABORT)
+            self._end(shadow, HomeEvent.ABORT, reason)
             self._release(shadow.stream_id, shadow.migration_id, shadow.host, "aborted")
             self._fresh[shadow.req.rid] = shadow.req
         self.flush()
 
     def on_live(self, peer: Peer, live: frozenset[str]) -> None:
         """A host told which streams it holds; reclaim what it has not held for too long."""
-        now = time.monotonic()
+        now = self._engine.now()
         for shadow in list(self.shadows.values()):
             if shadow.host != peer:
                 continue
@@ -198,28 +178,45 @@ class Relay:
                 migration_id=shadow.migration_id,
                 rid=req.rid,
                 source=shadow.host.instance_id,
-                target=self._links.peer.instance_id,
+                target=self._post.peer.instance_id,
                 outcome="reclaimed",
                 detail=why,
                 output_tokens=len(req.output_ids),
-                started_at=time.time(),
-                finished_at=time.time(),
+                started_at=self._engine.wall(),
+                finished_at=self._engine.wall(),
             )
         )
-        batch.requeue(self._scheduler, req)
+        self._engine.requeue(req)
 
     def _release(self, stream_id: str, migration_id: str, host: Peer, reason: str) -> None:
-        self._links.send(
+        self._post.send(
             host,
             Release(
                 migration_id=migration_id,
                 stream_id=stream_id,
-                sender_incarnation=self._links.peer.incarnation,
+                sender_incarnation=self._post.peer.incarnation,
                 receiver_incarnation=host.incarnation,
                 reason=reason,
             ),
         )
 
-    def _arrived(self, req: Req, message: Inserted) -> None:
+    def _arrived(self, req: Request, message: Inserted) -> None:
         setattr(req, MOVES, max(message.moves, getattr(req, MOVES, 0)))
         self._log.arrived(req, message.migration_id, message.host.instance_id, message.facts)
+
+
+def _reason(finished: bytes) -> dict[str, Any] | None:
+    """Why a host says that the output is over; None while it goes on.
+
+    Raises:
+        MalformedMessage: it does not say it as :meth:`Engine.finish_reason` does.
+    """
+    if not finished:
+        return None
+    try:
+        reason = orjson.loads(finished)
+    except orjson.JSONDecodeError as error:
+        raise MalformedMessage(f"not a finish reason: {error}") from error
+    if not isinstance(reason, dict):
+        raise MalformedMessage("not a finish reason")
+    return reason

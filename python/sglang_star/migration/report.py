@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from sglang_star.engine.verbs import Engine, Request
 from sglang_star.protocol import MoveFacts, MoveReport
-
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
 
 CLOCK = "_star_clock"
 """Attribute of a Req that moves or has moved: its :class:`MoveClock`."""
@@ -33,15 +29,6 @@ class MoveClock:
     arrivals: list[tuple[str, str, MoveFacts]] = field(default_factory=list)
 
 
-def clock(req: Req) -> MoveClock:
-    """The request's clock, started now if it has none."""
-    found = getattr(req, CLOCK, None)
-    if found is None:
-        found = MoveClock(time.monotonic())
-        setattr(req, CLOCK, found)
-    return found
-
-
 class MoveLog:
     """Reports of the latest moves.
 
@@ -50,9 +37,18 @@ class MoveLog:
         outcomes: counts since start, by outcome.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.reports: deque[MoveReport] = deque(maxlen=KEPT)
         self.outcomes: Counter[str] = Counter()
+
+    def clock(self, req: Request) -> MoveClock:
+        """The request's clock, started now if it has none."""
+        found: MoveClock | None = getattr(req, CLOCK, None)
+        if found is None:
+            found = MoveClock(self._engine.now())
+            setattr(req, CLOCK, found)
+        return found
 
     def add(self, report: MoveReport) -> None:
         """Keep one report."""
@@ -61,21 +57,21 @@ class MoveLog:
 
     def recent(self) -> tuple[MoveReport, ...]:
         """Reports of the last :data:`RECENT_S` seconds."""
-        horizon = time.time() - RECENT_S
+        horizon = self._engine.wall() - RECENT_S
         return tuple(report for report in self.reports if report.finished_at >= horizon)
 
-    def arrived(self, req: Req, migration_id: str, target: str, facts: MoveFacts) -> None:
+    def arrived(self, req: Request, migration_id: str, target: str, facts: MoveFacts) -> None:
         """A request of ours decodes at ``target``; reported with its next token, and once only."""
-        pending = clock(req).arrivals
+        pending = self.clock(req).arrivals
         if all(migration_id != known for known, _, _ in pending) and all(
             migration_id != report.migration_id for report in self.reports
         ):
             pending.append((migration_id, target, facts))
 
-    def token(self, req: Req) -> None:
+    def token(self, req: Request) -> None:
         """A client of ours got new tokens of a request that has a clock."""
         ticking: MoveClock = getattr(req, CLOCK)
-        now = time.monotonic()
+        now = self._engine.now()
         gap_s, ticking.last_token_at = now - ticking.last_token_at, now
         arrivals, ticking.arrivals = ticking.arrivals, []
         for migration_id, target, facts in arrivals:
@@ -96,6 +92,6 @@ class MoveLog:
                     step_ms=facts.step_ms,
                     transport_bytes=facts.transport_bytes,
                     started_at=facts.started_at,
-                    finished_at=time.time(),
+                    finished_at=self._engine.wall(),
                 )
             )

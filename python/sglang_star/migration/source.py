@@ -9,19 +9,18 @@ back into the batch; the target is told to drop what it holds.
 from __future__ import annotations
 
 import logging
-import time
-import uuid
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sglang_star.config import StarConfig
+from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import NotMovable, OrderRefused, PeerError
-from sglang_star.migration import batch, codec
+from sglang_star.faults import Faults
 from sglang_star.migration.cargo import Cargo
-from sglang_star.migration.links import Links
 from sglang_star.migration.move import SLOTS, Move
-from sglang_star.migration.pages import KvPages
+from sglang_star.migration.post import Post
 from sglang_star.migration.relay import MOVES, Relay, Shadow
-from sglang_star.migration.report import MoveLog, clock
+from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Home, HomeEvent
 from sglang_star.migration.transport import carrier as carrier_named
 from sglang_star.protocol import (
@@ -37,9 +36,6 @@ from sglang_star.protocol import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +53,8 @@ class Source:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        pages: KvPages,
-        links: Links,
+        engine: Engine,
+        post: Post,
         relay: Relay,
         log: MoveLog,
         config: StarConfig,
@@ -67,22 +62,21 @@ class Source:
         handed_over: Callable[[str], None],
     ) -> None:
         self.moves: dict[str, Move] = {}
-        self._scheduler = scheduler
-        self._pages = pages
-        self._links = links
+        self._engine = engine
+        self._post = post
         self._relay = relay
         self._log = log
         self._config = config
         self._fingerprint = fingerprint
         self._handed_over = handed_over
         self._streams = 0
-        self._cargo = Cargo(pages, links)
+        self._cargo = Cargo(engine, post)
 
     # ------------------------------------------------------------------ orders
 
     def start(
         self,
-        req: Req,
+        req: Request,
         client_rid: str,
         target: Peer,
         reason: str,
@@ -112,42 +106,43 @@ class Source:
         slot_tokens = self._slot_tokens()
         try:
             carrier = carrier_named(self._config.transport).send(
-                SLOTS, slot_tokens * self._pages.token_bytes
+                SLOTS, slot_tokens * self._engine.token_bytes
             )
         except PeerError as error:
             raise OrderRefused(error.message, hint=error.hint) from error
-        stream_id, home = guest_of or (self._new_stream(), self._links.peer)
+        stream_id, home = guest_of or (self._new_stream(), self._post.peer)
         move = Move(
-            migration_id=migration_id or uuid.uuid4().hex,
+            migration_id=migration_id or self._engine.new_id(),
             stream_id=stream_id,
             req=req,
             client_rid=client_rid,
-            source=self._links.peer,
+            source=self._post.peer,
             home=home,
             target=target,
             reason=reason,
             carrier=carrier,
             slot_tokens=slot_tokens,
-            token_bytes=self._pages.token_bytes,
+            token_bytes=self._engine.token_bytes,
             step_ms=step_ms,
-            deadline=time.monotonic() + self._config.move_deadline_s,
+            deadline=self._engine.now() + self._config.move_deadline_s,
+            started_at=self._engine.wall(),
             hold_at=None if hold_after is None else len(req.output_ids) + hold_after,
         )
-        request, prompt = codec.encode_request(req)
+        request, prompt = self._engine.describe(req)
         self.moves[move.migration_id] = move
         move.machine.fire(HomeEvent.ORDER)
-        clock(req)
+        self._log.clock(req)
         self._send(
             Reserve(
                 **move.address,
-                source=self._links.peer,
+                source=self._post.peer,
                 home=home,
                 fingerprint=self._fingerprint,
                 client_rid=client_rid,
                 request=request,
                 prompt_ids=prompt,
-                context_tokens=req.seqlen,
-                max_new_tokens=req.sampling_params.max_new_tokens,
+                context_tokens=self._engine.tokens(req),
+                max_new_tokens=self._engine.max_new_tokens(req),
                 moves=getattr(req, MOVES, 0),
                 reason=reason,
                 transport=self._config.transport,
@@ -159,21 +154,21 @@ class Source:
             self._park(move)
         return move
 
-    def _check(self, req: Req, target: Peer) -> None:
-        if target.instance_id == self._links.peer.instance_id:
+    def _check(self, req: Request, target: Peer) -> None:
+        if target.instance_id == self._post.peer.instance_id:
             raise OrderRefused(
                 f"{req.rid} already runs on {target.instance_id}", hint="name another instance"
             )
-        if self._pages.unsupported:
-            raise NotMovable(self._pages.unsupported)
-        why = codec.pinned(req)
+        if self._engine.unsupported:
+            raise NotMovable(self._engine.unsupported)
+        why = self._engine.pinned(req)
         if why:
             raise NotMovable(f"{req.rid} cannot move: it uses {why}")
         if any(move.req is req for move in self.moves.values()):
             raise OrderRefused(f"{req.rid} is already moving", hint="wait until that move ends")
-        if req.to_finish is not None:
+        if self._engine.is_ending(req):
             raise OrderRefused(f"{req.rid} is about to end")
-        if not batch.is_running(self._scheduler, req) or len(req.output_ids) < MIN_OUTPUT_TOKENS:
+        if not self._engine.is_running(req) or len(req.output_ids) < MIN_OUTPUT_TOKENS:
             raise OrderRefused(
                 f"{req.rid} is not decoding steadily yet", hint="retry in a few steps"
             )
@@ -185,22 +180,28 @@ class Source:
 
     # ------------------------------------------------------------------ tick
 
-    def step(self) -> None:
+    def step(self, faults: Faults) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
         budget = self._config.copy_tokens_per_step
         # Those whose clients wait come first.
         for move in sorted(self.moves.values(), key=lambda move: not move.off_batch):
-            state = move.machine.state
-            if move.req.finished():
-                self._finished(move)
-            elif state is Home.RESUMING:
-                self._resume(move)
-            elif time.monotonic() > move.deadline:
-                self.cancel(move, "failed", "deadline passed")
-            elif not move.off_batch and not batch.is_running(self._scheduler, move.req):
-                self.cancel(move, "cancelled", "the request was retracted")
-            else:
-                budget -= self._advance(move, budget)
+            with faults.contained("a move", partial(self.abandon, move, "a defect at its source")):
+                budget -= self._step(move, budget)
+
+    def _step(self, move: Move, budget: int) -> int:
+        """Take one move as far as it goes now; return how many tokens were copied."""
+        state = move.machine.state
+        if move.req.finished():
+            self._finished(move)
+        elif state is Home.RESUMING:
+            self._resume(move)
+        elif self._engine.now() > move.deadline:
+            self.cancel(move, "failed", "deadline passed")
+        elif not move.off_batch and not self._engine.is_running(move.req):
+            self.cancel(move, "cancelled", "the request was retracted")
+        else:
+            return self._advance(move, budget)
+        return 0
 
     def _advance(self, move: Move, budget: int) -> int:
         """Copy, park and commit as far as it goes now; return how many tokens were copied."""
@@ -220,7 +221,7 @@ class Source:
     def _park(self, move: Move) -> None:
         """Take the request out of the batch; its step in flight still counts."""
         move.machine.fire(HomeEvent.PARK)
-        batch.park(self._scheduler, move.req)
+        self._engine.park(move.req)
 
     # ------------------------------------------------------------------ answers
 
@@ -250,9 +251,9 @@ class Source:
         if move is None or move.machine.state is not Home.COMMITTED:
             return
         del self.moves[move.migration_id]
-        self._pages.release(move.req, keep_prefix=True)
+        self._engine.release(move.req, keep_prefix=True)
         move.carrier.close()
-        if move.home == self._links.peer:
+        if move.home == self._post.peer:
             move.machine.fire(HomeEvent.INSERTED_OWN)
             self._relay.adopt(
                 Shadow(
@@ -261,7 +262,7 @@ class Source:
                     migration_id=move.migration_id,
                     host=move.target,
                     machine=move.machine,
-                    confirmed_at=time.monotonic(),
+                    confirmed_at=self._engine.now(),
                 ),
                 message,
             )
@@ -279,7 +280,7 @@ class Source:
             if (
                 message.stream_id == move.stream_id
                 and message.migration_id != move.migration_id
-                and move.home == self._links.peer
+                and move.home == self._post.peer
                 and move.machine.state is Home.COMMITTED
             ):
                 self.on_inserted(
@@ -295,8 +296,8 @@ class Source:
         """A target is gone: its moves end, the requests go on here."""
         for move in [m for m in self.moves.values() if m.target == peer]:
             if move.machine.allows(HomeEvent.CANCEL):
-                detail = f"target {peer.instance_id}: {why}"
-                self.cancel(move, "failed", detail, tell=False)
+                # It may be slow and not dead: then it need not keep the place it has for us.
+                self.cancel(move, "failed", f"target {peer.instance_id}: {why}")
 
     # ------------------------------------------------------------------ endings
 
@@ -307,11 +308,17 @@ class Source:
             IllegalTransition: the move has ended already.
         """
         move.machine.fire(HomeEvent.CANCEL)
-        self._close(move, outcome, detail, tell=tell)
-        if move.machine.state is Home.RESUMING:
-            self._resume(move)
-        else:
+        resuming = move.machine.state is Home.RESUMING
+        if not resuming:
             del self.moves[move.migration_id]
+        self._close(move, outcome, detail, tell=tell)
+        if resuming:
+            self._resume(move)
+
+    def abandon(self, move: Move, detail: str) -> None:
+        """End a move after a defect, unless it is ending already; the request goes on here."""
+        if move.migration_id in self.moves and move.machine.allows(HomeEvent.CANCEL):
+            self.cancel(move, "failed", detail)
 
     def abort(self, move: Move, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
@@ -320,7 +327,7 @@ class Source:
         del self.moves[move.migration_id]
         if not closed:
             self._close(move, "cancelled", detail)
-        self._pages.release(move.req, keep_prefix=True)
+        self._engine.release(move.req, keep_prefix=True)
 
     def _finished(self, move: Move) -> None:
         """The request ended here, with the step that was in flight or while it decoded."""
@@ -332,31 +339,32 @@ class Source:
 
     def _resume(self, move: Move) -> None:
         """Put the request back into the batch, unless its last step's result is still to come."""
-        if batch.is_settled(move.req):
+        if self._engine.is_settled(move.req):
             move.machine.fire(HomeEvent.RESUME)
             del self.moves[move.migration_id]
-            batch.unpark(self._scheduler, move.req, getattr(move.req, batch.PENALTY_LOG, ()))
+            self._engine.unpark(move.req)
 
     def _close(self, move: Move, outcome: str, detail: str, *, tell: bool = True) -> None:
         """Tell target and log how the move ended."""
         move.carrier.close()
         if tell:
             self._send(Release(**move.address, reason=detail), move)
-        self._log.add(move.failed(outcome, detail))
+        context = self._engine.tokens(move.req)
+        self._log.add(move.failed(outcome, detail, context, self._engine.wall()))
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
 
     # ------------------------------------------------------------------ small things
 
     def _slot_tokens(self) -> int:
-        page = self._pages.page_size
-        fits = SLOT_BYTES // self._pages.token_bytes
+        page = self._engine.page_size
+        fits = SLOT_BYTES // self._engine.token_bytes
         tokens = min(self._config.copy_tokens_per_step, max(fits, 1))
         return max(page, tokens // page * page)
 
     def _new_stream(self) -> str:
         self._streams += 1
-        peer = self._links.peer
+        peer = self._post.peer
         return f"{peer.instance_id}/{peer.incarnation}/{self._streams}"
 
     def _send(self, message: MigrationMessage, move: Move) -> None:
-        self._links.send(move.target, message)
+        self._post.send(move.target, message)

@@ -6,6 +6,7 @@ when either process dies.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -97,7 +98,8 @@ class SharedMemoryCarrier(Carrier):
     def connected(self) -> None:
         """Remove the name; both mappings stay."""
         if self._file is not None:
-            os.unlink(self._file)
+            with contextlib.suppress(FileNotFoundError):  # somebody tidied up before us
+                os.unlink(self._file)
             self._file = None
 
     def close(self) -> None:

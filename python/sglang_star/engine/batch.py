@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+from sglang_star.engine.penalties import PENALTY_LOG
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
-
-PENALTY_LOG = "_star_penalty_log"
-_RESUMED = "_star_resumed"
 
 
 def completed_tokens(req: Req) -> int:
@@ -69,10 +67,11 @@ def unpark(scheduler: Scheduler, req: Req, penalty_log: Iterable[int]) -> None:
     Args:
         scheduler: at a step boundary.
         req: holds a row and KV for :func:`completed_tokens` positions.
-        penalty_log: tokens its penalties had accumulated, in order; repeated here exactly.
+        penalty_log: tokens its penalties had accumulated, in order; it has them again here.
     """
     length = completed_tokens(req)
     assert req.kv.kv_committed_len == length, "unpark needs complete KV"
+    setattr(req, PENALTY_LOG, array("q", penalty_log))
     req.refresh_fill_ids()
     req.extend_end = length
     batch = ScheduleBatch.init_new(
@@ -85,9 +84,6 @@ def unpark(scheduler: Scheduler, req: Req, penalty_log: Iterable[int]) -> None:
         scheduler.spec_algorithm,
     )
     batch.prepare_for_prebuilt()
-    _repeat_penalties(batch, penalty_log)
-    setattr(req, PENALTY_LOG, array("q", penalty_log))
-    setattr(req, _RESUMED, scheduler.enable_overlap)
     # A checkpoint here could swap the moved KV for an equal prefix computed in another batch
     # shape; the tree gets it when the request ends, as for any other request.
     barred, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
@@ -115,49 +111,3 @@ def requeue(scheduler: Scheduler, req: Req) -> None:
         scheduler.disagg_decode_prealloc_queue.add(req, is_rebootstrap=True)
     else:
         scheduler._add_request_to_queue(req, is_retracted=True)
-
-
-def cumulate_penalty_output_tokens(original: Any, batch: ScheduleBatch) -> None:
-    """AROUND ``ScheduleBatch.cumulate_penalty_output_tokens``: same, logged per request.
-
-    Under overlap SGLang accumulates the token before the one in flight. A request that was just
-    unparked has nothing in flight, so its last token is hidden for this one call: the sequence of
-    accumulated tokens is then the one it would have had without the move.
-    """
-    hidden: list[tuple[Req, int]] = []
-    for req in batch.reqs:
-        if getattr(req, _RESUMED, False):
-            setattr(req, _RESUMED, False)
-            hidden.append((req, req.output_ids.pop()))
-    try:
-        for req in batch.reqs:
-            if _is_penalised(req):
-                log = getattr(req, PENALTY_LOG, None)
-                if log is None:
-                    log = array("q")
-                    setattr(req, PENALTY_LOG, log)
-                log.append(req.output_ids[-1] if req.output_ids else req.origin_input_ids[-1])
-        original(batch)
-    finally:
-        for req, token in hidden:
-            req.output_ids.append(token)
-
-
-def _is_penalised(req: Req) -> bool:
-    params = req.sampling_params
-    return bool(
-        params.frequency_penalty
-        or params.presence_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens
-    )
-
-
-def _repeat_penalties(batch: ScheduleBatch, log: Iterable[int]) -> None:
-    orchestrator = batch.sampling_info.penalizer_orchestrator
-    if not orchestrator.is_required:
-        return
-    for token in log:
-        orchestrator.cumulate_output_tokens(
-            torch.tensor([token], dtype=torch.int64, device=batch.device)
-        )

@@ -1,0 +1,241 @@
+"""The verbs on SGLang: the one engine that serves."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_star.engine import batch, codec
+from sglang_star.engine.pages import KvPages
+from sglang_star.engine.penalties import PENALTY_LOG
+from sglang_star.errors import OrderRefused
+from sglang_star.predictor.state import export_state, import_state
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+class SglangEngine:
+    """See :class:`~sglang_star.engine.verbs.Engine`.
+
+    Attributes:
+        pages: its KV memory.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.pages = KvPages(scheduler)
+        self.unsupported = self.pages.unsupported
+        self.page_size = self.pages.page_size
+        self.token_bytes = self.pages.token_bytes
+        self.serves_decode = scheduler.disaggregation_mode != DisaggregationMode.PREFILL
+
+    # ------------------------------------------------------------------ time and names
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def new_id(self) -> str:
+        """128 random bits, in hexadecimal."""
+        return uuid.uuid4().hex
+
+    # ------------------------------------------------------------------ room
+
+    def free_tokens(self) -> int:
+        """See :class:`Engine`."""
+        return self.pages.free
+
+    def has_slot(self, arriving: int) -> bool:
+        """See :class:`Engine`."""
+        scheduler = self._scheduler
+        busy = len(scheduler.running_batch.reqs) + arriving
+        return busy < scheduler.max_running_requests and bool(
+            scheduler.req_to_token_pool.free_slots
+        )
+
+    def retracted(self) -> int:
+        """See :class:`Engine`."""
+        return len(batch.retracted(self._scheduler))
+
+    def kept_free(self, guests: int) -> int:
+        """See :class:`Engine`."""
+        return batch.reserve_after(self._scheduler, guests)
+
+    # ------------------------------------------------------------------ requests
+
+    def running(self) -> Sequence[Req]:
+        """See :class:`Engine`."""
+        return self._scheduler.running_batch.reqs
+
+    def is_running(self, req: Req) -> bool:
+        """See :class:`Engine`."""
+        return batch.is_running(self._scheduler, req)
+
+    def is_ending(self, req: Req) -> bool:
+        """See :class:`Engine`."""
+        return req.to_finish is not None
+
+    def pinned(self, req: Req) -> str:
+        """See :class:`Engine`."""
+        return codec.pinned(req)
+
+    def tokens(self, req: Req) -> int:
+        """See :class:`Engine`."""
+        return int(req.seqlen)
+
+    def max_new_tokens(self, req: Req) -> int:
+        """See :class:`Engine`."""
+        return int(req.sampling_params.max_new_tokens)
+
+    def written(self, req: Req) -> int:
+        """See :class:`Engine`."""
+        return batch.completed_tokens(req)
+
+    def is_settled(self, req: Req) -> bool:
+        """See :class:`Engine`."""
+        return batch.is_settled(req)
+
+    # ------------------------------------------------------------------ leaving
+
+    def park(self, req: Req) -> None:
+        """See :class:`Engine`."""
+        batch.park(self._scheduler, req)
+
+    def unpark(self, req: Req) -> None:
+        """See :class:`Engine`."""
+        batch.unpark(self._scheduler, req, getattr(req, PENALTY_LOG, ()))
+
+    def describe(self, req: Req) -> tuple[bytes, bytes]:
+        """See :class:`Engine`."""
+        return codec.encode_request(req)
+
+    def state(self, req: Req) -> tuple[tuple[int, ...], bytes]:
+        """See :class:`Engine`."""
+        return tuple(getattr(req, PENALTY_LOG, ())), export_state(req)
+
+    def gather(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
+        """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
+        self.pages.gather(req, start, end, slot)
+
+    def release(self, req: Req, *, keep_prefix: bool) -> None:
+        """See :class:`Engine`."""
+        self.pages.release(req, keep_prefix=keep_prefix)
+
+    # ------------------------------------------------------------------ arriving
+
+    def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
+        """See :class:`Engine`: SGLang is given it as if a client of its own had sent it."""
+        self._scheduler.handle_generate_request(codec.decode_request(message, prompt, rid))
+
+    def compiles(self, rid: str) -> bool:
+        """See :class:`Engine`."""
+        return any(req.rid == rid for req in self._scheduler.grammar_manager.grammar_queue)
+
+    def refusal(self, req: Req) -> str:
+        """See :class:`Engine`."""
+        if req.to_finish is None and not req.finished():
+            return ""
+        reason = req.to_finish or req.finished_reason
+        return str(reason.to_json().get("message"))
+
+    def seat(self, req: Req, max_new_tokens: int) -> bool:
+        """See :class:`Engine`."""
+        if not self.pages.reserve_row(req):
+            return False
+        self.pages.bind_to_root(req)
+        req.sampling_params.max_new_tokens = max_new_tokens
+        return True
+
+    def held(self, req: Req) -> int:
+        """See :class:`Engine`."""
+        return int(req.kv.kv_allocated_len)
+
+    def extend(self, req: Req, length: int) -> bool:
+        """See :class:`Engine`."""
+        return self.pages.extend(req, length)
+
+    def scatter(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
+        """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
+        if (end - start) * self.token_bytes > slot.numel():
+            raise OrderRefused("a slot cannot hold that many tokens")
+        scheduler = self._scheduler
+        if scheduler.enable_overlap:
+            # A finished request's redundant last step may still write slots we just got.
+            scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+        self.pages.scatter(req, start, end, slot)
+
+    def adopt(self, req: Req, output_ids: Sequence[int]) -> None:
+        """See :class:`Engine`."""
+        req.output_ids = array("q", output_ids)
+        if req.grammar is not None:
+            for token in output_ids:
+                req.grammar.accept_token(token)
+
+    def join(self, req: Req, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
+        """See :class:`Engine`."""
+        if not batch.completed_tokens(req) == length == req.kv.kv_allocated_len:
+            raise OrderRefused("the committed length does not match the KV received")
+        req.kv.kv_committed_len = length
+        import_state(req, predictor)
+        batch.unpark(self._scheduler, req, penalty_log)
+
+    # ------------------------------------------------------------------ the client's stream
+
+    def append(self, req: Req, tokens: Sequence[int], details: bytes) -> None:
+        """See :class:`Engine`."""
+        processor = self._scheduler.batch_result_processor
+        codec.append_details(req, details)
+        for token in tokens:
+            req.output_ids.append(token)
+            req.time_stats.set_last_decode_finish_time()
+            processor._maybe_update_reasoning_tokens(req, [token])
+            req.update_finish_state(1)
+            if req.grammar is not None:
+                processor._accept_grammar_tokens(req, [token])
+                req.grammar.finished = req.finished()
+
+    def end(self, req: Req, reason: dict[str, Any] | None = None) -> None:
+        """See :class:`Engine`."""
+        if reason is not None:
+            req.finished_reason = FINISH_ABORT(
+                reason.get("message"), reason.get("status_code"), reason.get("err_type")
+            )
+        req.time_stats.set_completion_time()
+
+    def emit(self, reqs: Sequence[Req]) -> None:
+        """See :class:`Engine`."""
+        self._scheduler.output_streamer.stream_output(
+            list(reqs), any(req.return_logprob for req in reqs)
+        )
+
+    def details(self, req: Req, start: int, end: int) -> bytes:
+        """See :class:`Engine`."""
+        return codec.encode_details(req, start, end)
+
+    def finish_reason(self, req: Req) -> bytes:
+        """See :class:`Engine`."""
+        return codec.encode_finish(req)
+
+    # ------------------------------------------------------------------ endings
+
+    def abort(self, rid: str) -> None:
+        """See :class:`Engine`."""
+        self._scheduler.abort_request(AbortReq(rid=rid))
+
+    def requeue(self, req: Req) -> None:
+        """See :class:`Engine`."""
+        batch.requeue(self._scheduler, req)

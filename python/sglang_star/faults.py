@@ -1,0 +1,56 @@
+"""Where a defect of ours, or input that nobody thought of, costs one thing instead of an engine.
+
+An exception that leaves STAR's code inside a scheduler ends that scheduler with all its streams.
+So each message, move, guest and order is handled inside :meth:`Faults.contained`: what it raises
+is logged once with its stack, counted, and ends that one thing. Errors that are meant, those of
+:mod:`sglang_star.errors`, are answered where they arise and do not get here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(__name__)
+
+
+class Faults:
+    """The faults of one engine.
+
+    Attributes:
+        counts: since start, by what was being done.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._told: set[tuple[str, str]] = set()
+
+    @contextlib.contextmanager
+    def contained(self, what: str, end: Callable[[], object] | None = None) -> Iterator[None]:
+        """Let no exception out of the block.
+
+        Args:
+            what: what the block does, for log and count.
+            end: ends the thing it happened to; called after an exception, and contained itself.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._note(what, error)
+            if end is not None:
+                with self.contained(f"ending {what}"):
+                    end()
+
+    def _note(self, what: str, error: Exception) -> None:
+        self.counts[what] += 1
+        kind = (what, type(error).__name__)
+        if kind in self._told:
+            return
+        self._told.add(kind)
+        logger.error(
+            "STAR: a defect while handling %s; it costs that alone and is logged this once",
+            what,
+            exc_info=error,
+        )

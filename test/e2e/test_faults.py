@@ -1,0 +1,73 @@
+"""A message that nobody thought of costs the stream it is about a detour, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import zmq
+
+from e2e.fleet import PROMPT_IDS, Fleet, new_rid
+from sglang_star.cluster import Cluster
+from sglang_star.protocol import Message, TokenChunk, encode
+
+pytestmark = pytest.mark.e2e
+
+NO_TOKEN = 1 << 63
+"""Fits into a message, and into no array of token ids."""
+
+BYSTANDER = {
+    "input_ids": PROMPT_IDS[::-1],
+    "sampling_params": {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True},
+}
+
+
+def send(address: str, messages: list[Message]) -> None:
+    context = zmq.Context()
+    socket = context.socket(zmq.PUSH)
+    socket.connect(address)
+    for message in messages:
+        socket.send(encode(message))
+    socket.close()
+    context.term()  # waits until all is sent
+
+
+def test_a_message_that_breaks_its_handler_costs_its_stream_a_detour(cluster: Cluster) -> None:
+    async def scenario() -> None:
+        async with Fleet.connect(cluster) as fleet:
+            await fleet.settle()
+            _, alone = await fleet.post(fleet.router + "/generate", BYSTANDER)
+            await fleet.settle()
+            rid = new_rid("struck")
+            async with fleet.endless(rid):
+                home, _ = await fleet.found(rid)
+                bystander = asyncio.create_task(fleet.post(fleet.router + "/generate", BYSTANDER))
+                code, order = await fleet.order(rid, home, fleet.other(home))
+                assert code == 202, order
+                assert (await fleet.report(order["migration_id"]))["outcome"] == "moved"
+                star = (await fleet.get(fleet.engines[home] + "/server_info"))["star"]
+                # Whatever comes next in the stream, one of these is it.
+                bad = [
+                    TokenChunk(
+                        migration_id=order["migration_id"],
+                        stream_id=order["stream_id"],
+                        sender_incarnation=0,
+                        receiver_incarnation=star["incarnation"],
+                        index=index,
+                        token_ids=(NO_TOKEN,),
+                    )
+                    for index in range(8000)
+                ]
+                await asyncio.to_thread(send, star["migration_address"], bad)
+                # Home has it back, decoding from where the client's stream stands.
+                await fleet.faults(home, {"TokenChunk": 1})
+                name, request = await fleet.found(rid)
+                assert name == home
+                assert request["home"] == home
+                for engine in fleet.engines:
+                    if engine != home:
+                        await fleet.faults(engine, {})
+                _, beside = await bystander
+                assert beside["output_ids"] == alone["output_ids"]
+
+    asyncio.run(scenario())

@@ -1,0 +1,297 @@
+"""A request that is held for its move: out of the batch at once, copied then, back if it fails."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_star.config import StarConfig
+from sglang_star.migration.move import SLOTS
+from sglang_star.migration.report import MoveLog
+from sglang_star.migration.source import Source
+from sglang_star.migration.states import Home
+from sglang_star.protocol import (
+    Commit,
+    PagesReady,
+    PagesTaken,
+    Peer,
+    Refused,
+    Release,
+    Reserved,
+)
+from unit.no_faults import NoFaults
+
+HERE = Peer(instance_id="a", incarnation=1, address="tcp://127.0.0.1:1")
+THERE = Peer(instance_id="b", incarnation=1, address="tcp://127.0.0.1:2")
+PROMPT, BUDGET, PAGE = 500, 64, 16
+
+
+class Engine:
+    """Instance A between two steps: the verbs that its source side uses.
+
+    Attributes:
+        batch: requests that decode; in_flight: whether a step of those parked is not over yet.
+    """
+
+    unsupported = ""
+    page_size = PAGE
+    token_bytes = 8
+
+    def __init__(self) -> None:
+        self.batch: list[Any] = []
+        self.in_flight = False
+        self.sent: list[Any] = []
+        self.ids = map(str, itertools.count())
+        self.log = MoveLog(self)  # type: ignore[arg-type]
+        self.source = Source(
+            self,  # type: ignore[arg-type]
+            SimpleNamespace(peer=HERE, send=lambda to, message: self.sent.append(message)),
+            SimpleNamespace(shadows={}),  # type: ignore[arg-type]
+            self.log,
+            StarConfig(copy_tokens_per_step=BUDGET, predictor="off"),
+            "f",
+            lambda stream: None,
+        )
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wall(self) -> float:
+        return time.time()
+
+    def new_id(self) -> str:
+        return next(self.ids)
+
+    def is_running(self, req: Any) -> bool:
+        return req in self.batch
+
+    def is_ending(self, req: Any) -> bool:
+        return bool(req.to_finish)
+
+    def pinned(self, req: Any) -> str:
+        return ""
+
+    def tokens(self, req: Any) -> int:
+        return PROMPT + len(req.output_ids)
+
+    def max_new_tokens(self, req: Any) -> int:
+        return 99
+
+    def written(self, req: Any) -> int:
+        return PROMPT + len(req.output_ids) - 1
+
+    def is_settled(self, req: Any) -> bool:
+        return not self.in_flight
+
+    def park(self, req: Any) -> None:
+        self.batch.remove(req)
+
+    def unpark(self, req: Any) -> None:
+        self.batch.append(req)
+
+    def describe(self, req: Any) -> tuple[bytes, bytes]:
+        return b"", b""
+
+    def state(self, req: Any) -> tuple[tuple[int, ...], bytes]:
+        return (), b""
+
+    def gather(self, req: Any, start: int, end: int, slot: Any) -> None:
+        pass
+
+    def release(self, req: Any, *, keep_prefix: bool) -> None:
+        pass
+
+    def request(self, tokens: int = 5) -> Any:
+        ended: list[bool] = []
+        req = SimpleNamespace(
+            rid="r",
+            output_ids=array("q", range(tokens)),
+            to_finish=None,
+            ended=ended,
+            finished=lambda: bool(ended),
+        )
+        self.batch.append(req)
+        return req
+
+    def start(self, req: Any, hold_after: int | None = 0) -> Any:
+        return self.source.start(req, "r", THERE, "test", step_ms=1.0, hold_after=hold_after)
+
+    def answer(self, kind: type[Any], move: Any, **fields: Any) -> Any:
+        return kind(
+            migration_id=move.migration_id,
+            stream_id=move.stream_id,
+            sender_incarnation=1,
+            receiver_incarnation=1,
+            **fields,
+        )
+
+    def refuse(self, move: Any) -> None:
+        refusal = self.answer(Refused, move, error_type="OrderRefused", message="full")
+        self.source.on_refused(refusal)
+
+    def all_of(self, kind: type[Any]) -> list[Any]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    def step(self, token_for: Any = None) -> None:
+        """One step of the scheduler: the target empties every slot, running requests decode."""
+        for move in list(self.source.moves.values()):
+            for slot in set(range(SLOTS)) - set(move.free_slots):
+                self.source.on_taken(self.answer(PagesTaken, move, end=0, slot=slot))
+        for req in self.batch:
+            req.output_ids.append(0)
+        self.source.step(NoFaults())
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engine) -> None:
+    req = engine.request()
+    move = engine.start(req)
+    assert move.machine.state is Home.HELD
+    assert engine.batch == []
+    engine.step()
+    assert engine.all_of(PagesReady) == []
+    engine.source.on_reserved(engine.answer(Reserved, move))
+    before, steps = 0, 0
+    while move.machine.state is not Home.COMMITTED:
+        engine.step()
+        assert move.sent - before <= BUDGET
+        before, steps = move.sent, steps + 1
+    pieces = engine.all_of(PagesReady)
+    assert [piece.start for piece in pieces[1:]] == [piece.end for piece in pieces[:-1]]
+    [commit] = engine.all_of(Commit)
+    assert pieces[-1].end == commit.committed_tokens == PROMPT + 5 - 1
+    assert commit.facts.precopied_tokens == 0
+    assert steps >= commit.committed_tokens // BUDGET
+
+
+@pytest.mark.parametrize("tokens", [5, 13], ids=["within a page", "at the end of a page"])
+def test_the_step_in_flight_still_counts(engine: Engine, tokens: int) -> None:
+    req = engine.request(tokens)
+    engine.in_flight = True
+    move = engine.start(req)
+    engine.source.on_reserved(engine.answer(Reserved, move))
+    for _ in range(20):
+        engine.step()
+    # All whole pages went, and no commit before the last token is known.
+    assert move.sent == (PROMPT + tokens - 1) // PAGE * PAGE
+    assert move.machine.state is Home.PARKED
+    req.output_ids.append(0)
+    engine.in_flight = False
+    engine.step()
+    [commit] = engine.all_of(Commit)
+    assert len(commit.output_ids) == tokens + 1
+    assert move.sent == commit.committed_tokens == PROMPT + tokens
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_refused_it_is_back_in_the_batch_with_the_next_step(engine: Engine, reserved: bool) -> None:
+    req = engine.request()
+    engine.in_flight = True
+    move = engine.start(req)
+    if reserved:
+        engine.source.on_reserved(engine.answer(Reserved, move))
+        engine.step()
+    engine.refuse(move)
+    # Its KV is not complete before the result of the step in flight is in.
+    assert move.machine.state is Home.RESUMING
+    assert engine.batch == []
+    assert move.off_batch
+    for late in (Reserved, PagesTaken):
+        fields = {"end": 1, "slot": 0} if late is PagesTaken else {}
+        message = engine.answer(late, move, **fields)
+        (engine.source.on_taken if fields else engine.source.on_reserved)(message)
+    engine.refuse(move)
+    engine.source.on_lost(THERE, "gone")
+    engine.in_flight = False
+    engine.step()
+    assert engine.batch == [req]
+    assert engine.source.moves == {}
+    assert [report.outcome for report in engine.log.reports] == ["refused"]
+    # And it can move again.
+    assert engine.start(req).machine.state is Home.HELD
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        (lambda engine, move: engine.source.on_lost(THERE, "silent"), "failed"),
+        (lambda engine, move: setattr(move, "deadline", 0.0), "failed"),
+        (lambda engine, move: engine.refuse(move), "refused"),
+    ],
+    ids=["lost", "late", "refused"],
+)
+def test_whatever_ends_the_move_the_request_decodes_on(
+    engine: Engine, end: Any, outcome: str
+) -> None:
+    req = engine.request()
+    move = engine.start(req)
+    end(engine, move)
+    engine.step()
+    assert engine.batch == [req]
+    assert [report.outcome for report in engine.log.reports] == [outcome]
+    # A target that is merely slow is told to let go; one that refused holds nothing.
+    assert len(engine.all_of(Release)) == (outcome == "failed")
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_request_that_ends_with_its_step_in_flight_is_not_put_back(
+    engine: Engine, refused: bool
+) -> None:
+    req = engine.request()
+    engine.in_flight = True
+    move = engine.start(req)
+    if refused:
+        engine.refuse(move)
+    req.ended.append(True)
+    engine.in_flight = False
+    engine.step()
+    assert engine.batch == []
+    assert engine.source.moves == {}
+    outcomes = [report.outcome for report in engine.log.reports]
+    assert outcomes == ["refused" if refused else "cancelled"]
+
+
+def test_held_later_it_decodes_so_many_tokens_before(engine: Engine) -> None:
+    req = engine.request()
+    move = engine.start(req, hold_after=3)
+    for tokens in (6, 7):
+        engine.step()
+        assert (len(req.output_ids), move.machine.state) == (tokens, Home.RESERVING)
+    engine.step()
+    assert (len(req.output_ids), move.machine.state) == (8, Home.HELD)
+
+
+def test_held_while_copying_it_keeps_what_was_copied(engine: Engine) -> None:
+    req = engine.request()
+    move = engine.start(req, hold_after=2)
+    engine.source.on_reserved(engine.answer(Reserved, move))
+    engine.step()
+    assert move.machine.state is Home.COPYING
+    engine.step()
+    assert move.machine.state is Home.PARKED
+    copied = move.precopied
+    assert 0 < copied < PROMPT
+    for _ in range(20):
+        engine.step()
+    [commit] = engine.all_of(Commit)
+    assert commit.facts.precopied_tokens == copied
+    assert commit.committed_tokens == PROMPT + len(req.output_ids) - 1
+
+
+def test_those_that_wait_are_copied_before_those_that_decode(engine: Engine) -> None:
+    decoding, waiting = engine.request(), engine.request()
+    first = engine.start(decoding, hold_after=None)
+    second = engine.start(waiting)
+    for move in (first, second):
+        engine.source.on_reserved(engine.answer(Reserved, move))
+    engine.step()
+    assert (first.sent, second.sent) == (0, BUDGET)
