@@ -10,28 +10,28 @@ _MODE: Final = "sglang.srt.disaggregation.utils.DisaggregationMode"
 _PREALLOC: Final = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
 
 ROWS: Final[tuple[Row, ...]] = (
-    Class(_MODE, "the role of an instance", "status orders migration.batch"),
+    Class(_MODE, "the role of an instance", "status orders engine.batch"),
     Attribute(_MODE + ".NULL", "prefill and decode", "status"),
-    Attribute(_MODE + ".PREFILL", "prefill only", "status orders"),
-    Attribute(_MODE + ".DECODE", "decode only", "status migration.batch"),
+    Attribute(_MODE + ".PREFILL", "prefill only", "status engine.real"),
+    Attribute(_MODE + ".DECODE", "decode only", "status engine.batch"),
     Attribute(_PREALLOC + ".queue", "requests without KV memory", "status"),
-    Attribute(_PREALLOC + ".retracted_queue", "requests that lost theirs", "migration.batch"),
+    Attribute(_PREALLOC + ".retracted_queue", "requests that lost theirs", "engine.batch"),
     Attribute(
         _PREALLOC + ".num_reserved_decode_tokens",
         "KV kept free for each request that decodes",
-        "migration.batch",
+        "engine.batch",
     ),
     Function(
         _PREALLOC + ".add",
         "lets the prefill instance compute lost KV again",
-        "migration.batch",
+        "engine.batch",
         takes="req, *, is_rebootstrap",
     ),
     Field("sglang.srt.disaggregation.decode.DecodeRequest.req", "the request in a queue", "status"),
     Attribute(
         "sglang.srt.disaggregation.decode.DecodeTransferQueue.queue",
         "requests whose KV comes",
-        "status migration.batch",
+        "status engine.batch",
     ),
     Attribute(
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.queue",

@@ -12,7 +12,7 @@ _ROWS: Final = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
 _SLOTS: Final = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
 _PAGED: Final = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
 _TREE: Final = "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache"
-_PAGES: Final = "migration.pages"
+_PAGES: Final = "engine.pages"
 
 ROWS: Final[tuple[Row, ...]] = (
     Function(
@@ -32,7 +32,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Function(_ROWS + ".free", "gives back a row without KV", _PAGES, takes="req"),
     Function(_ROWS + ".write", "puts new slots into a row", _PAGES, takes="indices, values"),
     Attribute(_ROWS + ".req_to_token", "the slots of a request's positions", _PAGES),
-    Attribute(_ROWS + ".free_slots", "whether a row is free", "migration.arrival"),
+    Attribute(_ROWS + ".free_slots", "whether a row is free", "engine.real"),
     # Slots.
     Attribute(_SLOTS + ".page_size", "KV moves in whole pages", _PAGES),
     Attribute(_SLOTS + ".size", "tokens in all", _PAGES),

@@ -20,62 +20,62 @@ ROWS: Final[tuple[Row, ...]] = (
     Class(_S, "ours rides on it as the attribute _star", "scheduler instance"),
     Attribute(_S + ".server_args", "the configuration; host and port", "instance identity"),
     Attribute(_S + ".model_config", "the fingerprint; batches are made with it", "identity"),
-    Attribute(_S + ".disaggregation_mode", "the instance's role", "status orders"),
-    Attribute(_S + ".enable_overlap", "a step is in flight at a boundary", "migration.batch"),
+    Attribute(
+        _S + ".disaggregation_mode", "the instance's role", "status engine.real engine.batch"
+    ),
+    Attribute(_S + ".enable_overlap", "a step is in flight at a boundary", "engine.batch"),
     Attribute(_S + ".tp_worker", "holds the model runner", "predictor.runner"),
-    Attribute(_S + ".max_running_requests", "most requests in a batch", "migration.arrival"),
+    Attribute(_S + ".max_running_requests", "most requests in a batch", "engine.real"),
     # The batch.
-    Attribute(_S + ".running_batch", "requests leave it and join it", "migration.batch status"),
+    Attribute(_S + ".running_batch", "requests leave it and join it", "engine.batch status"),
     Attribute(_S + ".last_batch", "its requests are reported", "status"),
     Attribute(_S + ".waiting_queue", "requests that wait, or are to join", "status"),
     Attribute(_S + ".result_queue", "steps in flight under overlap", "instance"),
-    Attribute(_S + ".future_map", "where a joining request's next input goes", "migration.batch"),
-    Attribute(_S + ".spec_algorithm", "batches are made with it", "migration.batch"),
+    Attribute(_S + ".future_map", "where a joining request's next input goes", "engine.batch"),
+    Attribute(_S + ".spec_algorithm", "batches are made with it", "engine.batch"),
     # Memory.
-    Attribute(_S + ".req_to_token_pool", "rows of requests", "migration.pages migration.batch"),
-    Attribute(_S + ".token_to_kv_pool_allocator", "KV slots", "migration.pages migration.batch"),
-    Attribute(_S + ".tree_cache", "the prefix cache", "migration.pages migration.batch"),
+    Attribute(_S + ".req_to_token_pool", "rows of requests", "engine.pages engine.batch"),
+    Attribute(_S + ".token_to_kv_pool_allocator", "KV slots", "engine.pages engine.batch"),
+    Attribute(_S + ".tree_cache", "the prefix cache", "engine.pages engine.batch"),
     # Streams of the device.
-    Attribute(_S + ".schedule_stream", "copies wait for the forward", "migration.arrival"),
-    Attribute(_S + ".forward_stream", "copies wait for the forward", "migration.arrival"),
+    Attribute(_S + ".schedule_stream", "copies wait for the forward", "engine.real"),
+    Attribute(_S + ".forward_stream", "copies wait for the forward", "engine.real"),
     # Disaggregation.
     Attribute(
         _S + ".disagg_decode_prealloc_queue",
         "requests that wait for KV memory; None on other roles",
-        "migration.batch status",
+        "engine.batch status",
     ),
     Attribute(_S + ".disagg_decode_transfer_queue", "requests whose KV comes", "status"),
     Attribute(_S + ".disagg_prefill_bootstrap_queue", "requests before their prefill", "status"),
     # Parts.
-    Attribute(_S + ".output_streamer", "a shadow's tokens leave by it", "migration.relay"),
-    Attribute(_S + ".batch_result_processor", "what a new token entails", "migration.relay"),
-    Attribute(_S + ".grammar_manager", "a guest may wait for its grammar", "migration.arrival"),
+    Attribute(_S + ".output_streamer", "a shadow's tokens leave by it", "engine.real"),
+    Attribute(_S + ".batch_result_processor", "what a new token entails", "engine.real"),
+    Attribute(_S + ".grammar_manager", "a guest may wait for its grammar", "engine.real"),
     Attribute(_S + ".idle_sleeper", "a message of ours wakes an idle scheduler", "instance"),
     Attribute(
         _PARTS + ".idle_sleeper.IdleSleeper.poller",
         "a message of ours wakes an idle scheduler",
         "instance",
     ),
-    Attribute(
-        _GRAMMARS + ".grammar_queue", "a guest may wait for its grammar", "migration.arrival"
-    ),
+    Attribute(_GRAMMARS + ".grammar_queue", "a guest may wait for its grammar", "engine.real"),
     # Calls.
     Function(
         _S + ".handle_generate_request",
         "rebuilds a guest's request from its message",
-        "migration.arrival",
+        "engine.real",
         takes="recv_req",
     ),
     Function(
         _S + ".abort_request",
         "ends a guest that nobody wants",
-        "migration.guests",
+        "engine.real",
         takes="recv_req",
     ),
     Function(
         _S + "._add_request_to_queue",
         "queues a request whose KV was lost",
-        "migration.batch",
+        "engine.batch",
         takes="req, *, is_retracted",
     ),
     # Output.
@@ -83,7 +83,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Function(
         _STREAMER + ".stream_output",
         "overridden, and called for shadows",
-        "scheduler migration.relay instance",
+        "scheduler engine.real",
         takes="reqs, return_logprob, skip_req",
     ),
     Function(
@@ -100,13 +100,13 @@ ROWS: Final[tuple[Row, ...]] = (
     Function(
         _RESULTS + "._maybe_update_reasoning_tokens",
         "counts a shadow's reasoning tokens",
-        "migration.relay",
+        "engine.real",
         takes="req, next_token_id",
     ),
     Function(
         _RESULTS + "._accept_grammar_tokens",
         "a shadow's grammar takes its tokens",
-        "migration.relay",
+        "engine.real",
         takes="req, tokens",
     ),
     # The result of a step.
@@ -118,7 +118,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Function(
         _ABORT_REQ,
         "SGLang's timeout, for requests elsewhere too",
-        "scheduler migration.guests",
+        "scheduler engine.real",
         takes="*, rid, abort_message",
     ),
     Field(_ABORT_REQ + ".rid", "abort matches by prefix", "scheduler"),

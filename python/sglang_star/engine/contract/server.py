@@ -10,7 +10,7 @@ _ARGS: Final = "sglang.srt.server_args.ServerArgs"
 _IO: Final = "sglang.srt.managers.io_struct.TokenizedGenerateReqInput"
 _TOKENIZERS: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _ENGINE: Final = "sglang.srt.entrypoints.engine.Engine"
-_CODEC: Final = "migration.codec"
+_CODEC: Final = "engine.codec"
 _COLLECT: Final = "predictor.collect"
 _LAYOUT: Final = "cluster_layout"
 
