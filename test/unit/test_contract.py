@@ -75,7 +75,7 @@ EVERYWHERE = {
 """What a variable, or an attribute, of that name holds in any of our modules."""
 
 IN_MODULE = {
-    ("engine.batch", "params"): "sglang.srt.sampling.sampling_params.SamplingParams",
+    ("engine.penalties", "params"): "sglang.srt.sampling.sampling_params.SamplingParams",
     ("engine.batch", "queue"): "sglang.srt.disaggregation.decode.DecodePreallocQueue",
     ("engine.batch", "running"): _BATCH,
     ("engine.codec", "params"): "sglang.srt.sampling.sampling_params.SamplingParams",
@@ -85,7 +85,7 @@ IN_MODULE = {
     ("engine.pages", "_tree"): _POOLS + "base_prefix_cache.BasePrefixCache",
     ("engine.pages", "_allocator"): _POOLS + "allocator.base.BaseTokenToKVPoolAllocator",
     ("engine.pages", "pool"): _POOLS + "memory_pool.MHATokenToKVPool",
-    ("migration.relay", "processor"): _PARTS
+    ("engine.real", "processor"): _PARTS
     + "batch_result_processor.SchedulerBatchResultProcessor",
     ("status", "prealloc"): "sglang.srt.disaggregation.decode.DecodePreallocQueue",
     ("status", "waiting"): "sglang.srt.disaggregation.decode.DecodeRequest",
