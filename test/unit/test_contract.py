@@ -61,7 +61,6 @@ EVERYWHERE = {
     "disagg_decode_prealloc_queue": "sglang.srt.disaggregation.decode.DecodePreallocQueue",
     "disagg_decode_transfer_queue": "sglang.srt.disaggregation.decode.DecodeTransferQueue",
     "disagg_prefill_bootstrap_queue": "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue",
-    "sampling_info": "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo",
     "orchestrator": "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator",
     "tp_worker": _MANAGERS + "tp_worker.TpModelWorker",
     "model_runner": "sglang.srt.model_executor.model_runner.ModelRunner",
@@ -85,8 +84,7 @@ IN_MODULE = {
     ("engine.pages", "_tree"): _POOLS + "base_prefix_cache.BasePrefixCache",
     ("engine.pages", "_allocator"): _POOLS + "allocator.base.BaseTokenToKVPoolAllocator",
     ("engine.pages", "pool"): _POOLS + "memory_pool.MHATokenToKVPool",
-    ("engine.real", "processor"): _PARTS
-    + "batch_result_processor.SchedulerBatchResultProcessor",
+    ("engine.real", "processor"): _PARTS + "batch_result_processor.SchedulerBatchResultProcessor",
     ("status", "prealloc"): "sglang.srt.disaggregation.decode.DecodePreallocQueue",
     ("status", "waiting"): "sglang.srt.disaggregation.decode.DecodeRequest",
     ("status", "last"): _BATCH,

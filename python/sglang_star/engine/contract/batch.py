@@ -8,7 +8,9 @@ from sglang_star.engine.contract.row import Attribute, Class, Function, Row
 
 _B: Final = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _PENALTIES: Final = "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator"
-_KINDS: Final = "sglang.srt.sampling.penaltylib."
+_LIB: Final = "sglang.srt.sampling.penaltylib"
+_BASE: Final = "sglang.srt.sampling.penaltylib.orchestrator._BatchedPenalizer"
+_PEN: Final = "engine.penalties"
 _MODE: Final = "sglang.srt.model_executor.forward_batch_info.ForwardMode"
 _HERE: Final = "engine.batch"
 
@@ -22,7 +24,6 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_B + ".batch_is_full", "there is room again once a request left", _HERE),
     Attribute(_B + ".device", "where penalties are kept", "engine.penalties engine.pages"),
     Attribute(_B + ".forward_mode", "whether a step was a decode step", "scheduler"),
-    Attribute(_B + ".enable_overlap", "penalties lag by a token then", "engine.penalties"),
     Function(_B + ".is_empty", "whether there is a batch to join", _HERE),
     Function(_B + ".filter_batch", "takes a parked request out", _HERE, takes="*, reqs_to_exclude"),
     Function(_B + ".merge_batch", "lets a request join", _HERE, takes="other"),
@@ -43,49 +44,23 @@ ROWS: Final[tuple[Row, ...]] = (
         "engine.penalties",
     ),
     Attribute(_PENALTIES + ".is_required", "whether any request has penalties", "engine.penalties"),
-    Attribute(_PENALTIES + ".penalizers", "one per kind of penalty", "engine.penalties"),
-    Attribute(_PENALTIES + ".device", "where they accumulate", "engine.penalties"),
-    Function(_PENALTIES + ".reqs", "whose penalties they are, by row", "engine.penalties"),
-    Class(_KINDS + "BatchedFrequencyPenalizer", "counts each token", "engine.penalties"),
-    Attribute(
-        _KINDS + "frequency_penalty.BatchedFrequencyPenalizer.cumulated_frequency_penalties",
-        "written for a request that has output already",
-        "engine.penalties",
-    ),
-    Class(_KINDS + "BatchedPresencePenalizer", "notes each token", "engine.penalties"),
-    Attribute(
-        _KINDS + "presence_penalty.BatchedPresencePenalizer.cumulated_presence_penalties",
-        "written for a request that has output already",
-        "engine.penalties",
-    ),
-    Attribute(
-        _KINDS + "presence_penalty.BatchedPresencePenalizer.presence_penalties",
-        "what is noted for a token",
-        "engine.penalties",
-    ),
-    Class(_KINDS + "BatchedRepetitionPenalizer", "notes each token", "engine.penalties"),
-    Attribute(
-        _KINDS + "repetition_penalty.BatchedRepetitionPenalizer.cumulated_repetition_penalties",
-        "written for a request that has output already",
-        "engine.penalties",
-    ),
-    Attribute(
-        _KINDS + "repetition_penalty.BatchedRepetitionPenalizer.repetition_penalties",
-        "what is noted for a token",
-        "engine.penalties",
-    ),
-    Class(_KINDS + "BatchedMinNewTokensPenalizer", "counts the output", "engine.penalties"),
-    Attribute(
-        _KINDS + "min_new_tokens.BatchedMinNewTokensPenalizer.len_output_tokens",
-        "written for a request that has output already",
-        "engine.penalties",
-    ),
-    Function(
-        _KINDS + "orchestrator._BatchedPenalizer.is_prepared",
-        "whether any request has this kind",
-        "engine.penalties",
-    ),
-    Class(_KINDS + "BatchedPenalizerOrchestrator", "all kinds together", "engine.penalties"),
     Function(_MODE + ".is_decode", "step times are those of decode steps", "scheduler"),
     Function(_MODE + ".is_extend", "a modelled prefill takes another time", "platform.paced"),
+    # Penalties, written at once instead of token by token.
+    Attribute(_B + ".enable_overlap", "penalties lag one token behind then", _PEN),
+    Attribute(_PENALTIES + ".penalizers", "one for each kind of penalty, by class", _PEN),
+    Attribute(_PENALTIES + ".device", "where penalties are kept", _PEN),
+    Function(_PENALTIES + ".reqs", "requests in the order of their rows", _PEN),
+    Class(_LIB + ".BatchedPenalizerOrchestrator", "holds the penalizers", _PEN),
+    Class(_LIB + ".BatchedFrequencyPenalizer", "sums by token", _PEN),
+    Class(_LIB + ".BatchedPresencePenalizer", "which tokens there were", _PEN),
+    Class(_LIB + ".BatchedRepetitionPenalizer", "which tokens there were", _PEN),
+    Class(_LIB + ".BatchedMinNewTokensPenalizer", "how many tokens there were", _PEN),
+    Function(_BASE + ".is_prepared", "whether any request has this penalty", _PEN),
+    Attribute(_LIB + ".BatchedFrequencyPenalizer.cumulated_frequency_penalties", "written", _PEN),
+    Attribute(_LIB + ".BatchedPresencePenalizer.cumulated_presence_penalties", "written", _PEN),
+    Attribute(_LIB + ".BatchedPresencePenalizer.presence_penalties", "a request's own", _PEN),
+    Attribute(_LIB + ".BatchedRepetitionPenalizer.cumulated_repetition_penalties", "written", _PEN),
+    Attribute(_LIB + ".BatchedRepetitionPenalizer.repetition_penalties", "a request's own", _PEN),
+    Attribute(_LIB + ".BatchedMinNewTokensPenalizer.len_output_tokens", "written", _PEN),
 )
