@@ -1,0 +1,177 @@
+"""What happens in a history, chosen by its seed before it begins."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simulation.tokens import Spec
+
+DISTURBED_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Which kinds of faults histories have.
+
+    Attributes:
+        lost: messages vanish; duplicated: come twice; delayed: come long after they were sent.
+        cut: two instances cannot talk; frozen: a process stands still; stuck: its scheduler does
+            while its heartbeats go on; killed: it dies, and mostly comes back under its name.
+        full: memory is taken by others; paused: an engine's steps are, and its requests may be
+            retracted then; aborted: clients give up.
+    """
+
+    lost: bool = True
+    duplicated: bool = True
+    delayed: bool = True
+    cut: bool = True
+    frozen: bool = True
+    stuck: bool = True
+    killed: bool = True
+    full: bool = True
+    paused: bool = True
+    aborted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """One engine; ``pages`` KV pages, ``rows`` requests at once, ``step_s`` a decode step."""
+
+    page_size: int
+    pages: int
+    rows: int
+    overlap: bool
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that is done to the fleet.
+
+    Attributes:
+        what: names a method of :class:`~simulation.history.History`.
+        fault: whether the history is calmer without it.
+    """
+
+    at: float
+    what: str
+    args: tuple[Any, ...]
+    fault: bool
+
+    def __str__(self) -> str:
+        return f"{self.at:6.3f} {self.what}{self.args}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One history: the fleet, who asks for what where and when, and all that is done to them."""
+
+    seed: int
+    shapes: dict[str, EngineShape]
+    copy_tokens: int
+    requests: tuple[tuple[float, str, Spec], ...]
+    events: tuple[Event, ...]
+
+    def without(self, *, request: int | None = None, event: int | None = None) -> Plan:
+        def rest(items: tuple[Any, ...], index: int | None) -> tuple[Any, ...]:
+            return tuple(item for i, item in enumerate(items) if i != index)
+
+        return replace(
+            self, requests=rest(self.requests, request), events=rest(self.events, event)
+        )
+
+
+def draw(seed: int, allowed: Allowed) -> Plan:
+    """The plan of a seed; another set of allowed faults makes another history of it."""
+    dice = random.Random(seed)
+    names = "abcd"[: dice.choice((2, 2, 3, 3, 3, 4))]
+    page = dice.choice((1, 1, 4, 16))
+    tokens = dice.choice((160, 400, 400))
+    shapes = {
+        name: EngineShape(
+            page_size=page,
+            pages=max(tokens // page, 8),
+            rows=dice.choice((3, 8)),
+            overlap=dice.random() < 0.6,
+            step_s=dice.choice((0.005, 0.01, 0.02)),
+        )
+        for name in names
+    }
+    requests = tuple(_request(dice, index, names) for index in range(dice.randint(1, 5)))
+    events: list[Event] = []
+    _orders(dice, names, requests, events)
+    _faults(dice, names, requests, allowed, events)
+    events.sort(key=lambda event: event.at)
+    return Plan(seed, shapes, dice.choice((4, 16, 64)), requests, tuple(events))
+
+
+def _request(dice: random.Random, index: int, names: str) -> tuple[float, str, Spec]:
+    grammar = dice.random()
+    spec = Spec(
+        rid=f"r{index}",
+        prompt=tuple(dice.randrange(1, 500) for _ in range(dice.randint(2, 40))),
+        max_new_tokens=dice.choice((5, 20, 60, 60, 90)),
+        end_every=dice.choice((40, 10**9, 10**9)),
+        stop_token=dice.choice((-1, -1, dice.randrange(1, 500))),
+        grammar_s=dice.uniform(0.001, 0.3) if grammar < 0.15 else -1.0 if grammar < 0.18 else 0.0,
+    )
+    return dice.uniform(0.0, 0.5), dice.choice(names), spec
+
+
+def _orders(dice: random.Random, names: str, requests: Any, events: list[Event]) -> None:
+    for at, name, spec in requests:
+        if dice.random() < 0.15:
+            events.append(Event(at, "arm", (name, spec.rid, _other(dice, names, name),
+                dice.randint(1, 20), dice.choice((-1, 0, 1, 4))), False))
+        when = at
+        for _ in range(dice.choice((0, 1, 1, 2, 2, 3, 5))):
+            when += dice.expovariate(6.0)
+            hold = dice.choice((-1, -1, 0, 2))
+            events.append(Event(when, "move", (spec.rid, dice.choice(names), hold), False))
+    if dice.random() < 0.1:
+        name = dice.choice(names)
+        events.append(Event(dice.uniform(0.1, 1.0), "drain", (name,), False))
+
+
+def _other(dice: random.Random, names: str, name: str) -> str:
+    return dice.choice([other for other in names if other != name])
+
+
+def _faults(
+    dice: random.Random, names: str, requests: Any, allowed: Allowed, events: list[Event]
+) -> None:
+    def some(chance: float) -> bool:
+        return dice.random() < chance
+
+    def add(what: str, *args: Any) -> None:
+        events.append(Event(dice.uniform(0.05, 1.2), what, args, True))
+
+    def span() -> float:
+        return dice.choice((0.05, 0.3, 0.9, 1.5, 2.5, 4.0)) * dice.uniform(0.8, 1.2)
+
+    if allowed.lost and some(0.2):
+        add("lose", dice.choice((0.01, 0.05, 0.3)), span())
+    if allowed.duplicated and some(0.2):
+        add("duplicate", dice.choice((0.05, 0.5)), span())
+    if allowed.delayed and some(0.3):
+        add("delay", dice.choice((0.02, 0.2)), dice.choice((0.1, 0.5, 3.0)), span())
+    for _ in range(2):
+        if allowed.cut and some(0.15):
+            one = dice.choice(names)
+            add("cut_off", one, _other(dice, names, one), span())
+        if allowed.frozen and some(0.15):
+            add("freeze", dice.choice(names), span())
+        if allowed.stuck and some(0.15):
+            add("stick", dice.choice(names), span())
+    if allowed.killed and some(0.2):
+        add("kill", dice.choice(names), dice.choice((0.05, 0.5, 2.0, 1e9)))
+    if allowed.full and some(0.15):
+        add("fill", dice.choice(names), dice.uniform(0.5, 1.0), span())
+    if allowed.paused and some(0.15):
+        add("pause", dice.choice(names), span(), dice.choice((False, True)))
+    for at, _, spec in requests:
+        if allowed.aborted and some(0.2):
+            when = at + dice.expovariate(3.0)
+            events.append(Event(when, "abort", (spec.rid, dice.choice(("", "timed out"))), True))
