@@ -57,7 +57,7 @@ class Event:
 
     at: float
     what: str
-    args: tuple[Any, ...]
+    args: tuple[str | int | float | bool, ...]
     fault: bool
 
     def __str__(self) -> str:
