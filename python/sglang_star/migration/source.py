@@ -199,6 +199,8 @@ class Source:
             self.cancel(move, "failed", "deadline passed")
         elif not move.off_batch and not self._engine.is_running(move.req):
             self.cancel(move, "cancelled", "the request was retracted")
+        elif not move.off_batch and self._engine.is_ending(move.req):
+            self.cancel(move, "cancelled", "the request is about to end")
         else:
             return self._advance(move, budget)
         return 0
