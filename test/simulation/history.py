@@ -18,6 +18,7 @@ from simulation.request import Request
 from simulation.tokens import Spec
 
 HEARTBEAT_S, TIMEOUT_S, DEADLINE_S = 0.25, 1.0, 2.0
+PROBE_S, STARVED_S = 0.25, 3.5
 BOUND_S = 40.0
 """No history lasts longer: its faults, every deadline after them, and decoding what is left."""
 
@@ -34,6 +35,8 @@ class Weather:
     duplicate: float = 0.0
     delay: float = 0.0
     delay_s: float = 0.0
+    stray: float = 0.0
+    stray_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -100,7 +103,8 @@ class History:
         self.clock.at(DISTURBED_S, self._calm)
         with contextlib.suppress(Failed):
             if not self.clock.run(BOUND_S):
-                self.fail(f"it does not come to rest within {BOUND_S:g} s")
+                left = "; ".join(invariants.at_rest(self))
+                self.fail(f"it does not come to rest within {BOUND_S:g} s: {left}")
             for broken in invariants.at_rest(self):
                 self.fail(broken)
         return self.failure
@@ -224,6 +228,10 @@ class History:
         self.weather.duplicate = share
         self.clock.after(lasts, setattr, self.weather, "duplicate", 0.0)
 
+    def scatter(self, share: float, longest: float, lasts: float) -> None:
+        self.weather.stray, self.weather.stray_s = share, longest
+        self.clock.after(lasts, setattr, self.weather, "stray", 0.0)
+
     def delay(self, share: float, longest: float, lasts: float) -> None:
         self.weather.delay, self.weather.delay_s = share, longest
         self.clock.after(lasts, setattr, self.weather, "delay", 0.0)
@@ -293,4 +301,24 @@ class History:
 
     def _calm(self) -> None:
         """No message is lost, doubled or delayed any more; what lasts ends by itself."""
-        self.weather.lose = self.weather.duplicate = self.weather.delay = 0.0
+        weather = self.weather
+        weather.lose = weather.duplicate = weather.delay = weather.stray = 0.0
+        self.clock.after(PROBE_S, self._probe, {})
+
+    def _probe(self, before: dict[str, tuple[int, float]]) -> None:
+        """No client waits for long while somebody decodes for it and nobody stands still."""
+        now = self.clock.now
+        still = any(
+            max(node.frozen_until, node.stuck_until) > now or node.paused
+            for node in self.nodes.values()
+        )
+        since: dict[str, tuple[int, float]] = {}
+        for node in self.nodes.values():
+            for shadow in node.mover.relay.shadows.values() if node.alive and not still else ():
+                have = len(shadow.req.output_ids)
+                known, began = before.get(shadow.stream_id, (have, now))
+                since[shadow.stream_id] = have, began if known == have else now
+                if known == have and now - began > STARVED_S:
+                    self.fail(f"{shadow.req.rid} gets no token for {STARVED_S:g} s")
+        if any(client.end is None and client.home.alive for client in self.clients.values()):
+            self.clock.after(PROBE_S, self._probe, since)

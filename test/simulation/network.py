@@ -68,6 +68,9 @@ class Link:
         if faults.duplicate and world.chance(faults.duplicate):
             world.note("network", "doubles", message)
             self._carry(address, connection, message)
+        if faults.stray and world.chance(faults.stray):
+            world.note("network", "repeats", message)
+            world.clock.after(world.random.uniform(0, faults.stray_s), self._arrive, address, message)
 
     def _carry(self, address: str, connection: Connection, message: Any) -> None:
         world = self._world

@@ -16,7 +16,8 @@ class Allowed:
     """Which kinds of faults histories have.
 
     Attributes:
-        lost: messages vanish; duplicated: come twice; delayed: come long after they were sent.
+        lost: messages vanish; duplicated: come twice; stray: come once more much later, whatever
+            was sent meanwhile; delayed: a connection stands still for a while.
         cut: two instances cannot talk; frozen: a process stands still; stuck: its scheduler does
             while its heartbeats go on; killed: it dies, and mostly comes back under its name.
         full: memory is taken by others; paused: an engine's steps are, and its requests may be
@@ -25,6 +26,7 @@ class Allowed:
 
     lost: bool = True
     duplicated: bool = True
+    stray: bool = True
     delayed: bool = True
     cut: bool = True
     frozen: bool = True
@@ -99,20 +101,28 @@ def draw(seed: int, allowed: Allowed) -> Plan:
         )
         for name in names
     }
-    requests = tuple(_request(dice, index, names) for index in range(dice.randint(1, 5)))
+    longest = tokens - 3 * page
+    requests = tuple(_request(dice, i, names, longest) for i in range(dice.randint(1, 5)))
     events: list[Event] = []
     _orders(dice, names, requests, events)
-    _faults(dice, names, requests, allowed, events)
+    # Some histories are calm, and what happens in the others happens mostly during moves.
+    if mood := dice.choice((0.0, 0.5, 1.0, 1.0, 2.0)):
+        _faults(dice, names, requests, allowed, events, mood)
     events.sort(key=lambda event: event.at)
     return Plan(seed, shapes, dice.choice((4, 16, 64)), requests, tuple(events))
 
 
-def _request(dice: random.Random, index: int, names: str) -> tuple[float, str, Spec]:
+def _request(
+    dice: random.Random, index: int, names: str, longest: int
+) -> tuple[float, str, Spec]:
+    """One that fits an engine's memory, of ``longest`` tokens, if nobody else is there."""
     grammar = dice.random()
+    output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.95 else 300
+    prompt = tuple(dice.randrange(1, 500) for _ in range(dice.randint(2, 40)))
     spec = Spec(
         rid=f"r{index}",
-        prompt=tuple(dice.randrange(1, 500) for _ in range(dice.randint(2, 40))),
-        max_new_tokens=dice.choice((5, 20, 60, 60, 90)),
+        prompt=prompt,
+        max_new_tokens=min(output, longest - len(prompt)),
         end_every=dice.choice((40, 10**9, 10**9)),
         stop_token=dice.choice((-1, -1, dice.randrange(1, 500))),
         grammar_s=dice.uniform(0.001, 0.3) if grammar < 0.15 else -1.0 if grammar < 0.18 else 0.0,
@@ -140,22 +150,34 @@ def _other(dice: random.Random, names: str, name: str) -> str:
 
 
 def _faults(
-    dice: random.Random, names: str, requests: Any, allowed: Allowed, events: list[Event]
+    dice: random.Random,
+    names: str,
+    requests: Any,
+    allowed: Allowed,
+    events: list[Event],
+    mood: float,
 ) -> None:
+    orders = [event.at for event in events]
+
     def some(chance: float) -> bool:
-        return dice.random() < chance
+        return dice.random() < chance * mood
 
     def add(what: str, *args: Any) -> None:
-        events.append(Event(dice.uniform(0.05, 1.2), what, args, True))
+        when = dice.uniform(0.05, 1.2)
+        if orders and dice.random() < 0.7:
+            when = dice.choice(orders) + dice.choice((-0.3, 0.0, 0.0)) + dice.expovariate(20.0)
+        events.append(Event(min(max(when, 0.02), DISTURBED_S), what, args, True))
 
     def span() -> float:
         return dice.choice((0.05, 0.3, 0.9, 1.5, 2.5, 4.0)) * dice.uniform(0.8, 1.2)
 
-    if allowed.lost and some(0.2):
+    if allowed.lost and some(0.15):
         add("lose", dice.choice((0.01, 0.05, 0.3)), span())
-    if allowed.duplicated and some(0.2):
+    if allowed.duplicated and some(0.15):
         add("duplicate", dice.choice((0.05, 0.5)), span())
-    if allowed.delayed and some(0.3):
+    if allowed.stray and some(0.15):
+        add("scatter", dice.choice((0.05, 0.5)), dice.choice((0.02, 0.3, 2.0)), span())
+    if allowed.delayed and some(0.2):
         add("delay", dice.choice((0.02, 0.2)), dice.choice((0.1, 0.5, 3.0)), span())
     for _ in range(2):
         if allowed.cut and some(0.15):
