@@ -18,7 +18,7 @@ from simulation.request import Request
 from simulation.tokens import Spec
 
 HEARTBEAT_S, TIMEOUT_S, DEADLINE_S = 0.25, 1.0, 2.0
-PROBE_S, STARVED_S = 0.25, 3.5
+PROBE_S, STARVED_S = 0.25, 2.5
 BOUND_S = 40.0
 """No history lasts longer: its faults, every deadline after them, and decoding what is left."""
 
@@ -220,6 +220,10 @@ class History:
         node = client.home
         node.input(lambda: node.engine.abort_for(rid, reason))
 
+    def reset(self, name: str, count: int) -> None:
+        """A connection breaks: the next messages of one instance do not arrive."""
+        self.nodes[name].link.losing = count
+
     def lose(self, share: float, lasts: float) -> None:
         self.weather.lose = share
         self.clock.after(lasts, setattr, self.weather, "lose", 0.0)
@@ -309,7 +313,7 @@ class History:
         """No client waits for long while somebody decodes for it and nobody stands still."""
         now = self.clock.now
         still = any(
-            max(node.frozen_until, node.stuck_until) > now or node.paused
+            max(node.frozen_until, node.stuck_until) > now or node.paused or node.engine.hidden
             for node in self.nodes.values()
         )
         since: dict[str, tuple[int, float]] = {}

@@ -34,10 +34,15 @@ class Connection:
 
 
 class Link:
-    """The network as one instance sees it; a :class:`~sglang_star.migration.post.Post`."""
+    """The network as one instance sees it; a :class:`~sglang_star.migration.post.Post`.
+
+    Attributes:
+        losing: how many of the next messages do not arrive.
+    """
 
     def __init__(self, node: Node, peer: Peer, heartbeat_s: float, timeout_s: float) -> None:
         self.peer = peer
+        self.losing = 0
         self._node = node
         self._world: History = node.world
         self._connections: dict[str, Connection] = {}
@@ -61,7 +66,8 @@ class Link:
             connection = self._connections[address] = Connection()
         world = self._world
         faults = world.weather
-        if faults.lose and world.chance(faults.lose):
+        if self.losing or (faults.lose and world.chance(faults.lose)):
+            self.losing = max(0, self.losing - 1)
             world.note("network", "loses", message)
             return
         self._carry(address, connection, message)

@@ -117,7 +117,7 @@ def _request(
 ) -> tuple[float, str, Spec]:
     """One that fits an engine's memory, of ``longest`` tokens, if nobody else is there."""
     grammar = dice.random()
-    output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.95 else 300
+    output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.9 else 300
     prompt = tuple(dice.randrange(1, 500) for _ in range(dice.randint(2, 40)))
     spec = Spec(
         rid=f"r{index}",
@@ -173,6 +173,8 @@ def _faults(
 
     if allowed.lost and some(0.15):
         add("lose", dice.choice((0.01, 0.05, 0.3)), span())
+    if allowed.lost and some(0.3):
+        add("reset", dice.choice(names), dice.choice((1, 1, 2, 5)))
     if allowed.duplicated and some(0.15):
         add("duplicate", dice.choice((0.05, 0.5)), span())
     if allowed.stray and some(0.15):
