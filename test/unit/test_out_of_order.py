@@ -93,7 +93,9 @@ class AtHome:
         self.post: Any = SimpleNamespace(
             peer=A, send=lambda to, message: self.sent.append((to, message))
         )
-        self.relay = Relay(self.engine, self.post, self.log, timeout_s=3.0)
+        self.relay = Relay(
+            self.engine, self.post, self.log, lambda stream, why: None, timeout_s=3.0
+        )
         self.source = Source(
             self.engine,
             self.post,

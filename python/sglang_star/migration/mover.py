@@ -56,8 +56,10 @@ class Mover:
     ) -> None:
         self.log = MoveLog(engine)
         self.armed = ArmedOrders()
-        self.relay = Relay(engine, post, self.log, timeout_s=config.peer_timeout_s)
         self.guests = Guests(engine, post, config)
+        self.relay = Relay(
+            engine, post, self.log, self.guests.stay_away, timeout_s=config.peer_timeout_s
+        )
         self.source = Source(
             engine, post, self.relay, self.log, config, fingerprint, self.guests.handed_over
         )

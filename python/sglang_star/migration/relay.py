@@ -50,13 +50,27 @@ class Shadow:
 
 
 class Relay:
-    """All shadows of this instance."""
+    """All shadows of this instance.
 
-    def __init__(self, engine: Engine, post: Post, log: MoveLog, *, timeout_s: float) -> None:
+    Args:
+        over: told the stream, and why, before a shadow ends or its request is recomputed: nothing
+            of it need come home any more, and what has holds KV of the same request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        post: Post,
+        log: MoveLog,
+        over: Callable[[str, str], None],
+        *,
+        timeout_s: float,
+    ) -> None:
         self.shadows: dict[str, Shadow] = {}
         self._engine = engine
         self._post = post
         self._log = log
+        self._over = over
         self._timeout_s = timeout_s
         # By rid: SGLang's detokenizer must not see a request twice in one batch.
         self._fresh: dict[str, Request] = {}
@@ -131,6 +145,7 @@ class Relay:
 
     def _end(self, shadow: Shadow, event: HomeEvent, reason: dict[str, Any] | None) -> None:
         shadow.machine.fire(event)
+        self._over(shadow.stream_id, "the stream has ended at home")
         self._engine.end(shadow.req, reason)
         del self.shadows[shadow.stream_id]
 
@@ -171,6 +186,7 @@ class Relay:
             why,
         )
         shadow.machine.fire(HomeEvent.RECLAIM)
+        self._over(shadow.stream_id, "home recomputes the stream")
         del self.shadows[shadow.stream_id]
         self._release(shadow.stream_id, shadow.migration_id, shadow.host, "reclaimed")
         self._log.add(
