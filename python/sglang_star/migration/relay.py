@@ -37,7 +37,8 @@ class Shadow:
 
     Attributes:
         confirmed_at: when the host last said that it holds the stream.
-        early: chunks that overtook another host's last ones, by index.
+        early: chunks that overtook another host's last ones, by index; gap_since: when the first
+            of them came.
     """
 
     req: Request
@@ -47,6 +48,7 @@ class Shadow:
     machine: Machine[Home, HomeEvent]
     confirmed_at: float
     early: dict[int, TokenChunk] = field(default_factory=dict)
+    gap_since: float = 0.0
 
 
 class Relay:
@@ -111,6 +113,8 @@ class Relay:
             return
         have = len(shadow.req.output_ids)
         if chunk.index > have:
+            if not shadow.early:
+                shadow.gap_since = self._engine.now()
             shadow.early[chunk.index] = chunk
             return
         if chunk.index < have and not (
@@ -118,6 +122,11 @@ class Relay:
         ):
             return
         self._append(shadow, chunk)
+        # A chunk of a former host may reach past some that came early.
+        have = len(shadow.req.output_ids)
+        for index in [index for index in shadow.early if index < have]:
+            del shadow.early[index]
+        shadow.gap_since = self._engine.now()
         following = shadow.early.pop(len(shadow.req.output_ids), None)
         if following is not None:
             self.on_chunk(following)
@@ -165,7 +174,9 @@ class Relay:
         for shadow in list(self.shadows.values()):
             if shadow.host != peer:
                 continue
-            if shadow.stream_id in live:
+            if shadow.early and now - shadow.gap_since > self._timeout_s:
+                self.reclaim(shadow, "tokens of it were lost on their way")
+            elif shadow.stream_id in live:
                 shadow.confirmed_at = now
             elif now - shadow.confirmed_at > self._timeout_s:
                 self.reclaim(shadow, "its host no longer holds it")
