@@ -348,7 +348,7 @@ class FakeEngine:
             pool = self.pool
             if [pool[index] for index in slots[:have]] != req.chain:
                 raise KvError(f"{req} decodes with wrong KV")
-            req.push(req.spec.next_token(req.chain[-1]))
+            req.push(req.spec.next_token(req.chain[-1], self._node.number))
             if req.finished():
                 self.release(req, keep_prefix=True)
         self.emit(reqs)

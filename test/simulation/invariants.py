@@ -14,7 +14,7 @@ def at_rest(history: History) -> Iterator[str]:
     """Say what does not hold."""
     for rid, client in history.clients.items():
         if client.end is None and client.home.alive:
-            yield f"{rid} has {len(client.seen)} tokens of {len(client.twin)} and never ends"
+            yield f"{rid} has {client.seen} tokens and never ends"
     for node in history.nodes.values():
         if node.alive:
             yield from _empty(node)

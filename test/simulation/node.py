@@ -50,6 +50,7 @@ class Node:
     ) -> None:
         self.world = world
         self.name = name
+        self.number = world.count_engine()
         self.shape = shape
         self.alive = True
         self.frozen_until = 0.0

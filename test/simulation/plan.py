@@ -126,6 +126,7 @@ def _request(
         end_every=dice.choice((40, 10**9, 10**9)),
         stop_token=dice.choice((-1, -1, dice.randrange(1, 500))),
         grammar_s=dice.uniform(0.001, 0.3) if grammar < 0.15 else -1.0 if grammar < 0.18 else 0.0,
+        sampled=dice.random() < 0.5,
     )
     return dice.uniform(0.0, 0.5), dice.choice(names), spec
 

@@ -20,6 +20,7 @@ class Spec:
     Attributes:
         end_every: one token in so many ends the output by itself.
         stop_token: one that ends it, too.
+        sampled: every engine would go on in its own way.
         grammar_s: how long its grammar compiles on another engine; below 0 it never does.
     """
 
@@ -29,8 +30,11 @@ class Spec:
     end_every: int
     stop_token: int
     grammar_s: float
+    sampled: bool = False
 
-    def next_token(self, state: int) -> int:
+    def next_token(self, state: int, engine: int) -> int:
+        if self.sampled:
+            state = extend(state, engine)
         mixed = (state ^ state >> 31) * 0x9E3779B97F4A7C15 >> 20 & MASK
         return END if mixed % self.end_every == 0 else 1 + mixed % 499
 
@@ -41,15 +45,3 @@ class Spec:
         if output_tokens >= self.max_new_tokens:
             return {"type": "length", "length": output_tokens}
         return None
-
-    def twin(self) -> tuple[list[int], dict[str, object]]:
-        """The output of the same request where nothing ever happens to it."""
-        state, output = 0, []
-        for token in self.prompt:
-            state = extend(state, token)
-        while True:
-            token = self.next_token(state)
-            output.append(token)
-            if reason := self.ends(token, len(output)):
-                return output, reason
-            state = extend(state, token)
