@@ -331,7 +331,9 @@ class History:
         """No client waits for long while somebody decodes for it and nobody stands still."""
         now = self.clock.now
         still = any(
-            max(node.frozen_until, node.stuck_until) > now or node.paused or node.engine.hidden
+            max(node.frozen_until, node.stuck_until) > now or node.paused
+            or node.engine.hidden
+            or node.engine.waiting
             for node in self.nodes.values()
         )
         since: dict[str, tuple[int, float]] = {}

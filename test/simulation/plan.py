@@ -97,7 +97,7 @@ def draw(seed: int, allowed: Allowed) -> Plan:
             pages=max(tokens // page, 8),
             rows=dice.choice((3, 8)),
             overlap=dice.random() < 0.6,
-            step_s=dice.choice((0.005, 0.01, 0.02)),
+            step_s=dice.choice((0.005, 0.02, 0.06)),
         )
         for name in names
     }
@@ -158,7 +158,7 @@ def _faults(
     events: list[Event],
     mood: float,
 ) -> None:
-    orders = [event.at for event in events]
+    orders = [event for event in events if event.what == "move"]
 
     def some(chance: float) -> bool:
         return dice.random() < chance * mood
@@ -166,7 +166,10 @@ def _faults(
     def add(what: str, *args: Any) -> None:
         when = dice.uniform(0.05, 1.2)
         if orders and dice.random() < 0.7:
-            when = dice.choice(orders) + dice.choice((-0.3, 0.0, 0.0)) + dice.expovariate(20.0)
+            order = dice.choice(orders)
+            when = order.at + dice.choice((-0.3, 0.0, 0.0)) + dice.expovariate(20.0)
+            if what in ("freeze", "stick", "kill", "pause", "fill", "reset") and dice.random() < 0.5:
+                args = (order.args[1], *args[1:])
         events.append(Event(min(max(when, 0.02), DISTURBED_S), what, args, True))
 
     def span() -> float:
