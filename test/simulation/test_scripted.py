@@ -32,7 +32,7 @@ def test_a_target_that_inserts_what_its_source_has_given_up(overlap: bool, after
             (0.3, "move", "r0", "b", -1),
             (1.0, "move", "r0", "c", -1),
             (1.0 + after, "stick", "c", 2.3),
-            (1.2, "cut_off", "b", "c", 4.0),
+            (1.2, "cut_off", "b", "c", 8.0),
             overlap=overlap,
         )
     )

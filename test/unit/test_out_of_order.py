@@ -86,6 +86,7 @@ class AtHome:
             token_bytes=8,
             now=time.monotonic,
             wall=time.time,
+            tokens=lambda req: 3 + len(req.output_ids),
             release=lambda req, **_: None,
             join=lambda *args: self.joined.append(args),
         )

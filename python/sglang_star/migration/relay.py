@@ -39,6 +39,7 @@ class Shadow:
         confirmed_at: when the host last said that it holds the stream.
         early: chunks that overtook another host's last ones, by index; gap_since: when the first
             of them came.
+        base: output tokens that ``host`` came with; later ones are from nobody else.
     """
 
     req: Request
@@ -49,6 +50,7 @@ class Shadow:
     confirmed_at: float
     early: dict[int, TokenChunk] = field(default_factory=dict)
     gap_since: float = 0.0
+    base: int = 0
 
 
 class Relay:
@@ -99,6 +101,14 @@ class Relay:
             return
         # What a former host says may come after what a later one says.
         if message.moves > getattr(shadow.req, MOVES, 0):
+            req = shadow.req
+            have = len(req.output_ids)
+            base = message.facts.context_tokens + 1 - (self._engine.tokens(req) - have)
+            if have > base:
+                # The former host gave this move up and went on.
+                self._release(message.stream_id, message.migration_id, message.host, "given up")
+                return
+            shadow.base = base
             shadow.host = message.host
             shadow.migration_id = message.migration_id
             shadow.confirmed_at = self._engine.now()
@@ -111,6 +121,8 @@ class Relay:
         shadow = self.shadows.get(chunk.stream_id)
         if shadow is None:
             return
+        if chunk.migration_id != shadow.migration_id and chunk.index >= shadow.base:
+            return  # of a host that has given the stream away, or that we do not know of
         have = len(shadow.req.output_ids)
         if chunk.index > have:
             if not shadow.early:
