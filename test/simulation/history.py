@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sglang_star.config import StarConfig
@@ -44,7 +44,8 @@ class Client:
     """Who waits for one stream.
 
     Attributes:
-        home: the process it is connected to; state: hash of the prompt and what it has; excused: why its stream may end early.
+        home: the process it is connected to; state: hash of the prompt and what it has; excused:
+            why its stream may end early.
     """
 
     spec: Spec
@@ -214,8 +215,13 @@ class History:
     def arm(self, name: str, rid: str, target: str, at_tokens: int, hold: int) -> None:
         node = self.nodes[name]
         order = MigrateOrder(
-            order_id=1, rid=rid, target=self._peer(target), reason="armed", hold_after=hold,
-            at_tokens=at_tokens, expire_s=1.5,
+            order_id=1,
+            rid=rid,
+            target=self._peer(target),
+            reason="armed",
+            hold_after=hold,
+            at_tokens=at_tokens,
+            expire_s=1.5,
         )
         node.input(lambda: self._obey(node, order))
 
@@ -331,7 +337,8 @@ class History:
         """No client waits for long while somebody decodes for it and nobody stands still."""
         now = self.clock.now
         still = any(
-            max(node.frozen_until, node.stuck_until) > now or node.paused
+            max(node.frozen_until, node.stuck_until) > now
+            or node.paused
             or node.engine.hidden
             or node.engine.waiting
             for node in self.nodes.values()

@@ -15,8 +15,8 @@ from sglang_star.migration.watch import Watch
 from sglang_star.protocol import Heartbeat, Peer
 
 if TYPE_CHECKING:
-    from simulation.node import Node
     from simulation.history import History
+    from simulation.node import Node
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +76,9 @@ class Link:
             self._carry(address, connection, message)
         if faults.stray and world.chance(faults.stray):
             world.note("network", "repeats", message)
-            world.clock.after(world.random.uniform(0, faults.stray_s), self._arrive, address, message)
+            world.clock.after(
+                world.random.uniform(0, faults.stray_s), self._arrive, address, message
+            )
 
     def _carry(self, address: str, connection: Connection, message: Any) -> None:
         world = self._world

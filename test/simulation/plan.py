@@ -80,9 +80,7 @@ class Plan:
         def rest(items: tuple[Any, ...], index: int | None) -> tuple[Any, ...]:
             return tuple(item for i, item in enumerate(items) if i != index)
 
-        return replace(
-            self, requests=rest(self.requests, request), events=rest(self.events, event)
-        )
+        return replace(self, requests=rest(self.requests, request), events=rest(self.events, event))
 
 
 def draw(seed: int, allowed: Allowed) -> Plan:
@@ -112,9 +110,7 @@ def draw(seed: int, allowed: Allowed) -> Plan:
     return Plan(seed, shapes, dice.choice((4, 16, 64)), requests, tuple(events))
 
 
-def _request(
-    dice: random.Random, index: int, names: str, longest: int
-) -> tuple[float, str, Spec]:
+def _request(dice: random.Random, index: int, names: str, longest: int) -> tuple[float, str, Spec]:
     """One that fits an engine's memory, of ``longest`` tokens, if nobody else is there."""
     grammar = dice.random()
     output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.9 else 300
@@ -134,8 +130,20 @@ def _request(
 def _orders(dice: random.Random, names: str, requests: Any, events: list[Event]) -> None:
     for at, name, spec in requests:
         if dice.random() < 0.15:
-            events.append(Event(at, "arm", (name, spec.rid, _other(dice, names, name),
-                dice.randint(1, 20), dice.choice((-1, 0, 1, 4))), False))
+            events.append(
+                Event(
+                    at,
+                    "arm",
+                    (
+                        name,
+                        spec.rid,
+                        _other(dice, names, name),
+                        dice.randint(1, 20),
+                        dice.choice((-1, 0, 1, 4)),
+                    ),
+                    False,
+                )
+            )
         when = at
         for _ in range(dice.choice((0, 1, 1, 2, 2, 3, 5))):
             when += dice.expovariate(6.0)
@@ -168,7 +176,10 @@ def _faults(
         if orders and dice.random() < 0.7:
             order = dice.choice(orders)
             when = order.at + dice.choice((-0.3, 0.0, 0.0)) + dice.expovariate(20.0)
-            if what in ("freeze", "stick", "kill", "pause", "fill", "reset") and dice.random() < 0.5:
+            if (
+                what in ("freeze", "stick", "kill", "pause", "fill", "reset")
+                and dice.random() < 0.5
+            ):
                 args = (order.args[1], *args[1:])
         events.append(Event(min(max(when, 0.02), DISTURBED_S), what, args, True))
 

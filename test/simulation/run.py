@@ -22,11 +22,8 @@ def quiet() -> None:
 def failures(seeds: range, allowed: Allowed) -> list[tuple[int, str]]:
     """(seed, what does not hold) of the histories that fail."""
     quiet()
-    found = []
-    for seed in seeds:
-        if failure := History(draw(seed, allowed)).run():
-            found.append((seed, failure))
-    return found
+    results = ((seed, History(draw(seed, allowed)).run()) for seed in seeds)
+    return [(seed, failure) for seed, failure in results if failure]
 
 
 def _chunk(job: tuple[range, Allowed]) -> tuple[int, list[tuple[int, str]]]:
@@ -58,7 +55,10 @@ def many(
     # Forked workers have all modules already, and no thread runs here.
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         gate = iter(jobs())
-        pending = [pool.apply_async(_chunk, (job,)) for _, job in zip(range(2 * workers), gate, strict=False)]
+        pending = [
+            pool.apply_async(_chunk, (job,))
+            for _, job in zip(range(2 * workers), gate, strict=False)
+        ]
         while pending:
             ran, failed = pending.pop(0).get()
             total, found = total + ran, found + failed

@@ -60,9 +60,9 @@ def _short(thing: Any) -> str:
         return str(thing)
     fields = structs.asdict(thing)
     shown = [fields.get("migration_id", ""), fields.get("stream_id", "")]
-    for name in ("start", "end", "slot", "index", "token_ids", "finished", "moves", "reason"):
-        if (value := fields.get(name)) not in (None, b"", ""):
-            shown.append(f"{name}={value}")
+    names = ("start", "end", "slot", "index", "token_ids", "finished", "moves", "reason")
+    told = {name: fields.get(name) for name in names}
+    shown += [f"{name}={value}" for name, value in told.items() if value not in (None, b"", "")]
     if "message" in fields:
         shown.append(repr(fields["message"]))
     if "output_ids" in fields:
