@@ -14,7 +14,7 @@ from simulation.run import many, quiet
 from simulation.shrink import kind, shrink, story
 
 KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
-HISTORIES = int(os.environ.get("STAR_HISTORIES", "8000"))
+HISTORIES = int(os.environ.get("STAR_HISTORIES", "12000"))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
