@@ -1,6 +1,7 @@
 """``star test``: the style, the types and the tests, in that order and all of them.
 
 Tests without engines run one per core, then those with engines alone: a cluster takes all cores.
+So do the histories of the simulation; ``--histories N`` runs so many of them instead of all tests.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ CHECKS: Final[dict[str, tuple[str, ...]]] = {
         *("pytest", "--numprocesses", "auto", "--maxprocesses", "4"),
         *("test/unit", "test/router", "test/kernel"),
     ),
+    "histories": ("pytest", "test/simulation"),
     "tests with engines": ("pytest", "test/engine", "test/e2e"),
 }
 CHOSEN: Final = "pytest"
 """The check that stands for all tests where the user says which to run."""
+HISTORIES: Final = "--histories"
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1"}
 """Every test process has a core of its own, and torch would use them all."""
 
@@ -47,7 +50,13 @@ def main(argv: Sequence[str]) -> int:
             hint="clone the repository and run ./star test",
         )
     checks = dict(CHECKS)
-    if argv:
+    environment = {**os.environ, **ONE_THREAD}
+    if argv and argv[0] == HISTORIES:
+        if len(argv) != 2 or not argv[1].isdecimal():
+            raise ConfigError(f"{HISTORIES} takes a number", hint=f"star test {HISTORIES} 100000")
+        checks = {"histories": CHECKS["histories"]}
+        environment["STAR_HISTORIES"] = argv[1]
+    elif argv:
         checks = {name: words for name, words in CHECKS.items() if words[0] != "pytest"}
         checks[CHOSEN] = ("pytest", *argv)
     failed = []
@@ -55,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n===== {name} =====", flush=True)
         began = time.monotonic()
         command = [sys.executable, "-m", module, *arguments]
-        if subprocess.run(command, cwd=ROOT, env={**os.environ, **ONE_THREAD}).returncode:
+        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
             failed.append(name)
         print(f"----- {name}: {time.monotonic() - began:.0f} s", flush=True)
     if failed:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from sglang_star.config import StarConfig
-from sglang_star.migration.move import SLOTS
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.source import Source
 from sglang_star.migration.states import Home
@@ -141,8 +140,8 @@ class Engine:
     def step(self, token_for: Any = None) -> None:
         """One step of the scheduler: the target empties every slot, running requests decode."""
         for move in list(self.source.moves.values()):
-            for slot in set(range(SLOTS)) - set(move.free_slots):
-                self.source.on_taken(self.answer(PagesTaken, move, end=0, slot=slot))
+            for slot, end in list(move.filled.items()):
+                self.source.on_taken(self.answer(PagesTaken, move, end=end, slot=slot))
         for req in self.batch:
             req.output_ids.append(0)
         self.source.step(NoFaults())

@@ -86,6 +86,7 @@ class AtHome:
             token_bytes=8,
             now=time.monotonic,
             wall=time.time,
+            tokens=lambda req: 3 + len(req.output_ids),
             release=lambda req, **_: None,
             join=lambda *args: self.joined.append(args),
         )
@@ -93,7 +94,9 @@ class AtHome:
         self.post: Any = SimpleNamespace(
             peer=A, send=lambda to, message: self.sent.append((to, message))
         )
-        self.relay = Relay(self.engine, self.post, self.log, timeout_s=3.0)
+        self.relay = Relay(
+            self.engine, self.post, self.log, lambda stream, why: None, timeout_s=3.0
+        )
         self.source = Source(
             self.engine,
             self.post,

@@ -232,6 +232,7 @@ class Arrivals:
         setattr(req, ARRIVED, guest.base)
         self._engine.join(req, message.committed_tokens, message.penalty_log, message.predictor)
         guest.machine.fire(TargetEvent.COMMIT)
+        guest.confirmed_at = self._engine.now()  # home does not know of us before
         guest.carrier.close()
 
     def _answer(self, guest: Guest, message: Any) -> None:

@@ -33,6 +33,7 @@ class Cargo:
             end = min(ready, move.sent + move.slot_tokens)
             loaded += end - move.sent
             slot = move.free_slots.pop()
+            move.filled[slot] = end
             self._engine.gather(move.req, move.sent, end, move.carrier.slot(slot))
             self._send(PagesReady(**move.address, start=move.sent, end=end, slot=slot), move)
             move.sent = end

@@ -133,6 +133,12 @@ class Guests:
             guest.machine.fire(TargetEvent.MOVE_ON)
             self.forget(guest)
 
+    def stay_away(self, stream_id: str, why: str) -> None:
+        """A stream of ours is over, or goes on without the host that is sending it home."""
+        guest = self.by_stream.get(stream_id)
+        if guest is not None and guest.comes_home:
+            self.refuse(guest.reserve, OrderRefused(why))
+
     def on_live(self, peer: Peer, live: frozenset[str]) -> None:
         """A home told which streams it wants; drop what it has not wanted for too long."""
         now = self._engine.now()

@@ -21,7 +21,8 @@ class Move:
     Attributes:
         source: this instance; home: whose stream it is, ourselves unless the request is a guest.
         slot_tokens: KV positions that a slot holds; token_bytes: size of one.
-        free_slots: those the target does not read any more.
+        free_slots: those the target does not read any more; filled: of the others, the position
+            at which what they hold ends.
         sent: KV positions gathered so far; precopied: of these, before parking.
         deadline: monotonic seconds; started_at: seconds since the epoch.
         hold_at: output tokens at which the request leaves the batch whatever was copied by then;
@@ -47,6 +48,7 @@ class Move:
     announced: bool = False
     machine: Machine[Home, HomeEvent] = field(default_factory=home_machine)
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
+    filled: dict[int, int] = field(default_factory=dict)
     sent: int = 0
     precopied: int = 0
 

@@ -16,7 +16,7 @@ from sglang_star.errors import IllegalTransition, OrderRefused, StarError
 from sglang_star.faults import Faults
 from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.arrival import Arrivals
-from sglang_star.migration.guests import Guests
+from sglang_star.migration.guests import GUEST_PREFIX, Guests
 from sglang_star.migration.outflow import Outflow
 from sglang_star.migration.post import PeerLost, Post
 from sglang_star.migration.relay import Relay
@@ -56,8 +56,10 @@ class Mover:
     ) -> None:
         self.log = MoveLog(engine)
         self.armed = ArmedOrders()
-        self.relay = Relay(engine, post, self.log, timeout_s=config.peer_timeout_s)
         self.guests = Guests(engine, post, config)
+        self.relay = Relay(
+            engine, post, self.log, self.guests.stay_away, timeout_s=config.peer_timeout_s
+        )
         self.source = Source(
             engine, post, self.relay, self.log, config, fingerprint, self.guests.handed_over
         )
@@ -124,9 +126,11 @@ class Mover:
 
     def emit(self, reqs: Sequence[AnyRequest]) -> Sequence[AnyRequest]:
         """Divert guests' output; return the requests whose clients are ours."""
-        own = reqs
-        if self.guests.by_rid:
-            own = [req for req in reqs if not self._diverted(req)]
+        # One that has ended may come again with the step that was in flight, when it is no guest
+        # of ours any more.
+        own = [
+            req for req in reqs if not (req.rid.startswith(GUEST_PREFIX) and self._diverted(req))
+        ]
         for req in own:
             if hasattr(req, CLOCK):
                 with self._faults.contained("the report of a move"):

@@ -37,7 +37,9 @@ class Shadow:
 
     Attributes:
         confirmed_at: when the host last said that it holds the stream.
-        early: chunks that overtook another host's last ones, by index.
+        early: chunks that overtook another host's last ones, by index; gap_since: when the first
+            of them came.
+        base: output tokens that ``host`` came with; later ones are from nobody else.
     """
 
     req: Request
@@ -47,16 +49,32 @@ class Shadow:
     machine: Machine[Home, HomeEvent]
     confirmed_at: float
     early: dict[int, TokenChunk] = field(default_factory=dict)
+    gap_since: float = 0.0
+    base: int = 0
 
 
 class Relay:
-    """All shadows of this instance."""
+    """All shadows of this instance.
 
-    def __init__(self, engine: Engine, post: Post, log: MoveLog, *, timeout_s: float) -> None:
+    Args:
+        over: told the stream, and why, before a shadow ends or its request is recomputed: nothing
+            of it need come home any more, and what has holds KV of the same request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        post: Post,
+        log: MoveLog,
+        over: Callable[[str, str], None],
+        *,
+        timeout_s: float,
+    ) -> None:
         self.shadows: dict[str, Shadow] = {}
         self._engine = engine
         self._post = post
         self._log = log
+        self._over = over
         self._timeout_s = timeout_s
         # By rid: SGLang's detokenizer must not see a request twice in one batch.
         self._fresh: dict[str, Request] = {}
@@ -83,6 +101,14 @@ class Relay:
             return
         # What a former host says may come after what a later one says.
         if message.moves > getattr(shadow.req, MOVES, 0):
+            req = shadow.req
+            have = len(req.output_ids)
+            base = message.facts.context_tokens + 1 - (self._engine.tokens(req) - have)
+            if have > base:
+                # The former host gave this move up and went on.
+                self._release(message.stream_id, message.migration_id, message.host, "given up")
+                return
+            shadow.base = base
             shadow.host = message.host
             shadow.migration_id = message.migration_id
             shadow.confirmed_at = self._engine.now()
@@ -95,8 +121,12 @@ class Relay:
         shadow = self.shadows.get(chunk.stream_id)
         if shadow is None:
             return
+        if chunk.migration_id != shadow.migration_id and chunk.index >= shadow.base:
+            return  # of a host that has given the stream away, or that we do not know of
         have = len(shadow.req.output_ids)
         if chunk.index > have:
+            if not shadow.early:
+                shadow.gap_since = self._engine.now()
             shadow.early[chunk.index] = chunk
             return
         if chunk.index < have and not (
@@ -104,6 +134,11 @@ class Relay:
         ):
             return
         self._append(shadow, chunk)
+        # A chunk of a former host may reach past some that came early.
+        have = len(shadow.req.output_ids)
+        for index in [index for index in shadow.early if index < have]:
+            del shadow.early[index]
+        shadow.gap_since = self._engine.now()
         following = shadow.early.pop(len(shadow.req.output_ids), None)
         if following is not None:
             self.on_chunk(following)
@@ -131,6 +166,7 @@ class Relay:
 
     def _end(self, shadow: Shadow, event: HomeEvent, reason: dict[str, Any] | None) -> None:
         shadow.machine.fire(event)
+        self._over(shadow.stream_id, "the stream has ended at home")
         self._engine.end(shadow.req, reason)
         del self.shadows[shadow.stream_id]
 
@@ -150,7 +186,9 @@ class Relay:
         for shadow in list(self.shadows.values()):
             if shadow.host != peer:
                 continue
-            if shadow.stream_id in live:
+            if shadow.early and now - shadow.gap_since > self._timeout_s:
+                self.reclaim(shadow, "tokens of it were lost on their way")
+            elif shadow.stream_id in live:
                 shadow.confirmed_at = now
             elif now - shadow.confirmed_at > self._timeout_s:
                 self.reclaim(shadow, "its host no longer holds it")
@@ -171,6 +209,7 @@ class Relay:
             why,
         )
         shadow.machine.fire(HomeEvent.RECLAIM)
+        self._over(shadow.stream_id, "home recomputes the stream")
         del self.shadows[shadow.stream_id]
         self._release(shadow.stream_id, shadow.migration_id, shadow.host, "reclaimed")
         self._log.add(

@@ -199,6 +199,8 @@ class Source:
             self.cancel(move, "failed", "deadline passed")
         elif not move.off_batch and not self._engine.is_running(move.req):
             self.cancel(move, "cancelled", "the request was retracted")
+        elif not move.off_batch and self._engine.is_ending(move.req):
+            self.cancel(move, "cancelled", "the request is about to end")
         else:
             return self._advance(move, budget)
         return 0
@@ -235,7 +237,9 @@ class Source:
     def on_taken(self, message: PagesTaken) -> None:
         """The target has emptied a slot."""
         move = self.moves.get(message.migration_id)
-        if move is not None and message.slot not in move.free_slots and 0 <= message.slot < SLOTS:
+        # A late copy of an earlier answer does not free a slot that was filled again since.
+        if move is not None and move.filled.get(message.slot) == message.end:
+            del move.filled[message.slot]
             move.free_slots.append(message.slot)
 
     def on_refused(self, message: Refused) -> None:

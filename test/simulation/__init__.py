@@ -1,0 +1,17 @@
+"""The real protocol of moves over engines whose KV knows its prefix; one seed, one history.
+
+``clock`` moves time, ``plan`` draws what happens, ``history`` lets it happen to ``node`` s
+(``engine``, ``network``, ``carrier``), ``invariants`` look at the end, ``shrink`` makes what fails
+small. What is real: ``Mover`` and all it owns, ``Orders``, ``Faults``, ``Watch``. A history that
+failed once is kept in ``kept/`` and runs for ever; ``test_scripted`` has those written by hand.
+
+    PYTHONPATH=test python -m simulation --histories 100000
+    PYTHONPATH=test python -m simulation --seed 17            # replay, shrunk, with its trace
+    PYTHONPATH=test python -m simulation --without killed,cut # leave kinds of faults out
+
+Left out so far: prefill instances and their way of recomputing, KV kept in a prefix cache (it is
+free at once), weight updates and flushes, copies that complete after the verb that started them,
+several ranks, a process that is killed in the middle of a step boundary, shared-memory segments
+whose sender died before they were opened (they stay behind), a scheduler that never goes on while
+its heartbeats do (nobody reclaims from it), client names that begin like a guest's.
+"""

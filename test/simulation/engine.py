@@ -1,0 +1,365 @@
+"""The verbs on an engine whose KV knows its prefix; it behaves as SGLang does under them.
+
+A step is launched, and its result comes later: with overlap after the next one was launched. It
+writes KV where it was told at its launch, whatever became of the request since.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from sglang_star.errors import MalformedMessage, OrderRefused
+from simulation.request import Request
+
+if TYPE_CHECKING:
+    from simulation.node import Node
+
+GARBAGE = -1
+Step = list[tuple[Request, list[int], int]]
+"""Per request its slots at launch, and the position that the step writes; all below are new to a
+prefill."""
+
+
+class KvError(AssertionError):
+    """KV is not what the tokens before it would have made."""
+
+
+class FakeEngine:
+    """One engine's memory, batch and queues.
+
+    Attributes:
+        pool: the hash that each KV slot holds; free: pages that nobody has.
+        batch: those that decode; waiting: those without KV, oldest first.
+        in_flight: launched steps whose results are still to come.
+    """
+
+    unsupported = ""
+    token_bytes = 8
+    serves_decode = True
+
+    def __init__(self, node: Node, *, page_size: int, pages: int, rows: int) -> None:
+        self.page_size = page_size
+        self.rows = rows
+        self.pages = pages
+        self.pool = [GARBAGE] * (pages * page_size)
+        self.free = list(range(pages))
+        self.batch: list[Request] = []
+        self.waiting: list[Request] = []
+        self.compiling: dict[str, Request] = {}
+        self.in_flight: list[tuple[Step, list[Request]]] = []
+        self._unwritten: list[Step] = []
+        self.held_rows = 0
+        self.hidden: list[int] = []
+        self._joining: list[Request] = []
+        self._node = node
+        self._ids = itertools.count(1)
+
+    # ------------------------------------------------------------------ time and names
+
+    def now(self) -> float:
+        return self._node.world.clock.now
+
+    def wall(self) -> float:
+        return self._node.world.clock.now
+
+    def new_id(self) -> str:
+        return f"{self._node.name}{self._node.peer.incarnation}.{next(self._ids)}"
+
+    # ------------------------------------------------------------------ room
+
+    def free_tokens(self) -> int:
+        return len(self.free) * self.page_size
+
+    def has_slot(self, arriving: int) -> bool:
+        return len(self.batch) + arriving < self.rows and self.held_rows < self.rows
+
+    def retracted(self) -> int:
+        return 0
+
+    def kept_free(self, guests: int) -> int:
+        return 0
+
+    # ------------------------------------------------------------------ requests
+
+    def running(self) -> Sequence[Request]:
+        return self.batch
+
+    def is_running(self, req: Request) -> bool:
+        return req.finished_reason is None and any(req is other for other in self.batch)
+
+    def is_ending(self, req: Request) -> bool:
+        return req.to_finish is not None
+
+    def pinned(self, req: Request) -> str:
+        return ""
+
+    def tokens(self, req: Request) -> int:
+        return len(req.chain)
+
+    def max_new_tokens(self, req: Request) -> int:
+        return req.max_new_tokens
+
+    def written(self, req: Request) -> int:
+        return len(req.chain) - 1
+
+    def is_settled(self, req: Request) -> bool:
+        return req.committed == len(req.chain) - 1
+
+    # ------------------------------------------------------------------ leaving
+
+    def park(self, req: Request) -> None:
+        self.batch.remove(req)
+
+    def unpark(self, req: Request) -> None:
+        assert req.finished_reason is None, f"{req} is finished and would decode"
+        assert self.is_settled(req), f"{req} needs complete KV"
+        assert req.row, f"{req} has no row"
+        assert not any(req is other for other in self.batch), f"{req} is in the batch already"
+        self.batch.append(req)
+
+    def describe(self, req: Request) -> tuple[bytes, bytes]:
+        return req.spec.rid.encode(), b""
+
+    def state(self, req: Request) -> tuple[tuple[int, ...], bytes]:
+        return (), b""
+
+    def gather(self, req: Request, start: int, end: int, slot: Any) -> None:
+        assert end <= len(req.slots), f"{req} holds {len(req.slots)} positions, not {end}"
+        pool = self.pool
+        slot[:] = [pool[index] for index in req.slots[start:end]]
+
+    def release(self, req: Request, *, keep_prefix: bool) -> None:
+        if not req.row:
+            return
+        size = self.page_size
+        self.free.extend({index // size: None for index in req.slots})
+        req.slots = []
+        req.committed = 0
+        req.row = False
+        self.held_rows -= 1
+
+    # ------------------------------------------------------------------ arriving
+
+    def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
+        spec = self._node.world.specs.get(message.decode())
+        if spec is None:
+            raise MalformedMessage("not a tokenized request")
+        req = Request(rid, spec)
+        if spec.grammar_s:
+            self.compiling[rid] = req
+            if spec.grammar_s > 0:
+                self._node.world.clock.after(spec.grammar_s, self._node.compiled, rid)
+            return
+        if not self._node.mover.rebuilt(req):
+            self.waiting.append(req)
+
+    def compiles(self, rid: str) -> bool:
+        return rid in self.compiling
+
+    def refusal(self, req: Request) -> str:
+        return "" if req.to_finish is None and not req.finished() else "Aborted"
+
+    def seat(self, req: Request, max_new_tokens: int) -> bool:
+        if self.held_rows >= self.rows:
+            return False
+        assert not req.row, f"{req} has a row already"
+        req.row = True
+        self.held_rows += 1
+        req.max_new_tokens = max_new_tokens
+        return True
+
+    def held(self, req: Request) -> int:
+        return len(req.slots)
+
+    def extend(self, req: Request, length: int) -> bool:
+        assert req.row, f"{req} has no row"
+        size = self.page_size
+        last = req.slots[-1] // size if req.slots else 0
+        have = len(req.slots)
+        wanted = -(-length // size) - (-(-have // size))
+        if wanted > len(self.free):
+            return False
+        pages = [self.free.pop() for _ in range(wanted)]
+        for position in range(have, length):
+            if position % size == 0:
+                last = pages.pop()
+            req.slots.append(last * size + position % size)
+        return True
+
+    def scatter(self, req: Request, start: int, end: int, slot: Any) -> None:
+        if end - start > len(slot):
+            raise OrderRefused("a slot cannot hold that many tokens")
+        self.sync()
+        for index, value in zip(req.slots[start:end], slot, strict=False):
+            self.pool[index] = value
+
+    def adopt(self, req: Request, output_ids: Sequence[int]) -> None:
+        assert not req.output_ids, f"{req} has output"
+        for token in output_ids:
+            req.push(token)
+
+    def join(self, req: Request, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
+        if not len(req.chain) - 1 == length == len(req.slots):
+            raise OrderRefused("the committed length does not match the KV received")
+        req.committed = length
+        self.unpark(req)
+
+    # ------------------------------------------------------------------ the client's stream
+
+    def append(self, req: Request, tokens: Sequence[int], details: bytes) -> None:
+        for token in tokens:
+            req.push(token)
+
+    def end(self, req: Request, reason: dict[str, Any] | None = None) -> None:
+        if reason is not None:
+            req.finished_reason = {"type": "abort", **reason}
+
+    def emit(self, reqs: Sequence[Request]) -> None:
+        for req in self._node.mover.emit(reqs):
+            self._tell(req)
+
+    def _tell(self, req: Request) -> None:
+        if req.told_end:
+            return
+        new, req.told = req.output_ids[req.told :], len(req.output_ids)
+        req.told_end = req.finished()
+        self._node.world.told(self._node, req, new, req.finished_reason)
+
+    def details(self, req: Request, start: int, end: int) -> bytes:
+        return b""
+
+    def finish_reason(self, req: Request) -> bytes:
+        return orjson.dumps(req.finished_reason) if req.finished() else b""
+
+    # ------------------------------------------------------------------ endings
+
+    def abort(self, rid: str) -> None:
+        self.abort_for(rid, {})
+
+    def abort_for(self, rid: str, reason: dict[str, Any]) -> None:
+        """As SGLang looks: waiting, compiling, then in the batch or in a step in flight."""
+        self._node.mover.abort(lambda req: req.rid.startswith(rid), reason)
+        ending = {"type": "abort", **reason}
+        for req in [r for r in self.waiting if r.rid.startswith(rid)]:
+            self.waiting.remove(req)
+            if not self._node.mover.aborted(req.rid, ending):
+                req.finished_reason = ending
+                self._tell(req)
+        for req in self.compiling.values():
+            if req.rid.startswith(rid):
+                req.to_finish = ending
+        launched = [req for _, reqs in self.in_flight for req in reqs]
+        for req in {id(r): r for r in [*self.batch, *self._joining, *launched]}.values():
+            if not req.finished() and req.rid.startswith(rid):
+                req.to_finish = ending
+
+    def requeue(self, req: Request) -> None:
+        assert not req.row, f"{req} still holds KV"
+        assert not req.finished(), f"{req} is finished and would be recomputed"
+        req.is_retracted = True
+        self.waiting.append(req)
+
+    # ------------------------------------------------------------------ steps
+
+    def launch(self) -> bool:
+        """Start a prefill of those that wait, or a decode step; False if nothing runs."""
+        for req in self._joining:
+            if not req.finished() and not req.is_retracted:
+                self.batch.append(req)
+        self._joining = []
+        if step := self._prefill():
+            self._launched(step)
+            return True
+        self.batch = [req for req in self.batch if not req.finished()]
+        coming = {id(req) for _, reqs in self.in_flight for req in reqs}
+        if coming:
+            self.batch = kept = [
+                req
+                for req in self.batch
+                if id(req) not in coming or len(req.output_ids) + 1 < req.max_new_tokens
+            ]
+        else:
+            kept = self.batch
+        while kept and not self._fits(kept):
+            self.retract(kept[-1])
+            kept = self.batch
+        step = []
+        for req in kept:
+            self.extend(req, len(req.slots) + 1)
+            req.committed += 1
+            step.append((req, req.slots, len(req.slots) - 1))
+        if step:
+            self._launched(step)
+        return bool(step)
+
+    def _launched(self, step: Step) -> None:
+        self.in_flight.append((step, [req for req, _, _ in step]))
+        self._unwritten.append(step)
+
+    def _fits(self, reqs: Sequence[Request]) -> bool:
+        return sum(len(req.slots) % self.page_size == 0 for req in reqs) <= len(self.free)
+
+    def _prefill(self) -> Step:
+        step: Step = []
+        while self.waiting and self.held_rows < self.rows:
+            req = self.waiting[0]
+            if len(req.chain) + 2 * self.page_size > self.free_tokens():
+                break
+            del self.waiting[0]
+            self.seat(req, req.max_new_tokens)
+            req.is_retracted = False
+            self.extend(req, len(req.chain))
+            req.committed = len(req.chain)
+            self._joining.append(req)
+            step.append((req, req.slots, -len(req.slots)))
+        return step
+
+    def retract(self, req: Request) -> None:
+        """Take its KV; it waits to be computed again, and its step in flight does not count."""
+        self.batch.remove(req)
+        self.release(req, keep_prefix=False)
+        req.is_retracted = True
+        self.waiting.append(req)
+
+    def sync(self) -> None:
+        """The device has done all it was told."""
+        for step in self._unwritten:
+            self._write(step)
+        self._unwritten.clear()
+
+    def result(self) -> None:
+        """The oldest step's tokens are here."""
+        step, reqs = self.in_flight.pop(0)
+        if any(step is other for other in self._unwritten):
+            self._unwritten.pop(0)
+            self._write(step)
+        for req, slots, position in step:
+            if req.finished() or req.is_retracted:
+                continue
+            if slots is not req.slots:
+                raise KvError(f"{req} decodes with KV that is not its own")
+            have = -position if position < 0 else position + 1
+            if have != len(req.chain):
+                raise KvError(f"{req} has {len(req.chain)} tokens, its step fed the {have}th")
+            pool = self.pool
+            if [pool[index] for index in slots[:have]] != req.chain:
+                raise KvError(f"{req} decodes with wrong KV")
+            req.push(req.spec.next_token(req.chain[-1], self._node.number))
+            if req.finished():
+                self.release(req, keep_prefix=True)
+        self.emit(reqs)
+
+    def _write(self, step: Step) -> None:
+        for req, slots, position in step:
+            mine = slots is req.slots
+            if position < 0:
+                for at in range(-position):
+                    self.pool[slots[at]] = req.chain[at] if mine else GARBAGE
+            elif mine and position < len(req.chain):
+                self.pool[slots[position]] = req.chain[position]
+            else:
+                self.pool[slots[position]] = GARBAGE

@@ -1,0 +1,43 @@
+"""What holds once a history has come to rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simulation.history import History
+    from simulation.node import Node
+
+
+def at_rest(history: History) -> Iterator[str]:
+    """Say what does not hold."""
+    for rid, client in history.clients.items():
+        if client.end is None and client.home.alive:
+            yield f"{rid} has {client.seen} tokens and never ends"
+    for node in history.nodes.values():
+        if node.alive:
+            yield from _empty(node)
+    for owner, _ in history.segments.opened.values():
+        if owner.alive:
+            yield f"{owner.name} never closes a carrier"
+
+
+def _empty(node: Node) -> Iterator[str]:
+    mover, engine = node.mover, node.engine
+    kept = {
+        "moves": mover.source.moves,
+        "guests": mover.guests.by_stream,
+        "guests by name": mover.guests.by_rid,
+        "shadows": mover.relay.shadows,
+        "armed orders": len(mover.armed),
+        "running requests": [req for req in engine.batch if not req.finished()],
+        "waiting requests": engine.waiting,
+        "rows": engine.held_rows,
+        "steps": engine.in_flight,
+    }
+    for what, left in kept.items():
+        if left:
+            yield f"{node.name} keeps {what}: {left}"
+    if sorted(engine.free) != list(range(engine.pages)):
+        yield f"{node.name} has {len(engine.free)} free pages of {engine.pages}"

@@ -1,0 +1,39 @@
+"""Histories written by hand: what a seed would seldom meet, and must not be lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulation.history import History
+from simulation.plan import EngineShape, Event, Plan
+from simulation.run import quiet
+from simulation.shrink import story
+from simulation.tokens import Spec
+
+
+def plan(*events: tuple[object, ...], overlap: bool, seed: int = 1) -> Plan:
+    shape = EngineShape(page_size=1, pages=400, rows=8, overlap=overlap, step_s=0.02)
+    spec = Spec("r0", (5, 6, 7), 300, 10**9, -1, 0.0, sampled=True)
+    return Plan(
+        seed,
+        dict.fromkeys("abc", shape),
+        copy_tokens=64,
+        requests=((0.0, "a", spec),),
+        events=tuple(Event(at, str(what), args, True) for at, what, *args in events),  # type: ignore[call-overload, misc]
+    )
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("after", [0.02, 0.03, 0.04, 0.05, 0.06])
+def test_a_target_that_inserts_what_its_source_has_given_up(overlap: bool, after: float) -> None:
+    quiet()
+    history = History(
+        plan(
+            (0.3, "move", "r0", "b", -1),
+            (1.0, "move", "r0", "c", -1),
+            (1.0 + after, "stick", "c", 2.3),
+            (1.2, "cut_off", "b", "c", 8.0),
+            overlap=overlap,
+        )
+    )
+    assert not history.run(), story(history.plan, history)
