@@ -27,6 +27,8 @@ from sglang_star.protocol import (
     Commit,
     Inserted,
     MoveFacts,
+    PagesReady,
+    Parked,
     Peer,
     Reserve,
     TokenChunk,
@@ -262,3 +264,14 @@ def test_a_commit_for_a_stream_that_has_ended_is_refused(
     assert not returning.joined
     [(to, answer)] = returning.home.sent
     assert (to, answer.message) == (C, "the stream has ended at home")
+
+
+def test_pages_and_notices_of_another_move_are_not_this_ones(returning: SimpleNamespace) -> None:
+    guest, arrivals = returning.guest, returning.arrivals
+    arrivals.on_parked(Parked(**address("to-b"), step_ms=1e6))
+    assert guest.due == 0.0
+    # None of the engine's verbs for pages is there: reaching one would raise.
+    arrivals.on_pages(PagesReady(**address("to-b"), start=0, end=1, slot=0))
+    assert returning.home.sent == []
+    arrivals.on_parked(Parked(**address("to-a"), step_ms=1e6))
+    assert guest.due > 0.0

@@ -152,6 +152,8 @@ class Arrivals:
         guest = self._guests.by_stream.get(message.stream_id)
         if guest is None or guest.machine is None or guest.req is None or not guest.arriving:
             return
+        if guest.reserve.migration_id != message.migration_id:
+            return  # of an earlier move of the same stream
         try:
             if message.start != self._engine.held(guest.req) or message.end <= message.start:
                 raise OrderRefused("KV arrived out of order")
@@ -170,7 +172,7 @@ class Arrivals:
     def on_parked(self, message: Parked) -> None:
         """The source finishes its last step of a request that comes here."""
         guest = self._guests.by_stream.get(message.stream_id)
-        if guest is not None:
+        if guest is not None and guest.reserve.migration_id == message.migration_id:
             guest.due = self._engine.now() + 2 * message.step_ms / 1e3
 
     def on_commit(self, message: Commit) -> None:
