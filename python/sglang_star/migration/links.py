@@ -206,9 +206,9 @@ class Links:
             self._flush()
             self._receive()
             self._receive_orders()
-            if (late_s := time.monotonic() - next_beat) >= 0.0:
-                self._beat(late_s)
-                next_beat = time.monotonic() + self._heartbeat_s
+            if (now := time.monotonic()) >= next_beat:
+                self._beat(now - next_beat)
+                next_beat = now + self._heartbeat_s
         for connection in self._connections.values():
             connection.close()
         for socket in (self._pull, self._publisher, self._orders):
