@@ -141,7 +141,9 @@ class Fleet:
     @contextlib.asynccontextmanager
     async def connect(cls, cluster: Cluster) -> AsyncIterator[Fleet]:
         timeout = aiohttp.ClientTimeout(total=2 * HANGS_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        # A kept connection may be closed by the server while a request is being written to it.
+        connector = aiohttp.TCPConnector(force_close=True, limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             yield cls(cluster, session)
 
     async def post(self, url: str, body: Any) -> tuple[int, Any]:
