@@ -11,7 +11,16 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_star_router.policy.params import StarParams
-from sglang_star_router.policy.snapshot import BoolArray, FleetSnapshot, FloatArray
+from sglang_star_router.policy.snapshot import (
+    BoolArray,
+    FleetSnapshot,
+    FloatArray,
+    Instances,
+    IntArray,
+)
+
+GUEST_HEADROOM = 64
+"""KV tokens a target keeps free beyond a guest's context in any case, so that it can decode."""
 
 
 def token_limit(snapshot: FleetSnapshot, params: StarParams) -> FloatArray:
@@ -51,6 +60,19 @@ def admits_now(
         & (free >= wanted + spare * inst.kv_capacity)
     )
     return admits
+
+
+def guest_room(snapshot: FleetSnapshot) -> IntArray:
+    """Context in tokens that each instance would grant one more guest now, ``[I]``."""
+    inst = snapshot.instances
+    free = inst.kv_capacity - inst.kv_used - inst.kv_reserved
+    return free - GUEST_HEADROOM - kept_free(inst)
+
+
+def kept_free(inst: Instances) -> IntArray:
+    """SGLang's reserve for every request an instance has, is promised, and one more, ``[I]``."""
+    kept: IntArray = inst.reserve_each * (inst.running + inst.moves_in + 1)
+    return kept
 
 
 def _single_request_need(

@@ -2,16 +2,19 @@
 
 Every instance's KV is forecast over the horizon. One that is going to pass its limit gives away
 the request whose leaving lowers the overflow most for what moving it costs, to the instance that
-has most room over the whole horizon with the guest on it. Nothing else moves.
+has most room over the whole horizon with the guest on it, of those that would grant it now. Nothing
+else moves.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from sglang_star_router.policy import load
 from sglang_star_router.policy.forecast import Forecast, forecast, instants
-from sglang_star_router.policy.limits import token_limit
+from sglang_star_router.policy.limits import guest_room, kept_free, token_limit
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.sanity import sane
 from sglang_star_router.policy.slots import MoveSlots
@@ -22,6 +25,25 @@ from sglang_star_router.policy.snapshot import (
     IntArray,
     MoveOrder,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What one decision looks at; arrays are brought up to date as orders are made.
+
+    Attributes:
+        ahead: forecast KV; need: of each instance, ``[I, K]``; limit: what it may hold, ``[I]``.
+        room: below the limit with ``target_limit``, ``[I, K]``; grants: context that each would
+            take in now, ``[I]``.
+    """
+
+    snapshot: FleetSnapshot
+    ahead: Forecast
+    need: FloatArray
+    limit: FloatArray
+    room: FloatArray
+    grants: IntArray
+    slots: MoveSlots
 
 
 class StarMoves:
@@ -44,6 +66,7 @@ class StarMoves:
         need = ahead.need(p.risk_sigma)
         slots = MoveSlots(snapshot, p.moves_per_instance, p.cooldown_s)
         room = p.target_limit * limit[:, None] - need
+        now = _Round(snapshot, ahead, need, limit, room, guest_room(snapshot), slots)
         excess = (need - limit[:, None]).max(axis=1)
         share = np.round(excess / np.maximum(inst.kv_capacity, 1), 6)
         sources = np.flatnonzero((share > p.excess_min) & (slots.free > 0))
@@ -52,40 +75,37 @@ class StarMoves:
         # A round makes few moves, so only the worst are looked at: cost stays linear.
         for source in sources[: 2 * p.moves_per_round]:
             while slots.free[source] > 0 and len(orders) < p.moves_per_round:
-                order = self._relieve(snapshot, ahead, need, limit, room, slots, int(source))
+                order = self._relieve(now, int(source))
                 if order is None:
                     break
                 orders.append(order)
         return orders
 
-    def _relieve(
-        self,
-        snapshot: FleetSnapshot,
-        ahead: Forecast,
-        need: FloatArray,
-        limit: FloatArray,
-        room: FloatArray,
-        slots: MoveSlots,
-        source: int,
-    ) -> MoveOrder | None:
-        """Pick the best move off ``source``, updating ``need`` and ``slots``."""
-        p, inst, reqs = self.params, snapshot.instances, snapshot.requests
-        over = need[source] - limit[source]
+    def _relieve(self, now: _Round, source: int) -> MoveOrder | None:
+        """Pick the best move off ``source``, updating all that it changes."""
+        p, inst, reqs = self.params, now.snapshot.instances, now.snapshot.requests
+        ahead, room, slots = now.ahead, now.room, now.slots
+        over = now.need[source] - now.limit[source]
         if over.max() <= p.excess_min * inst.kv_capacity[source]:
             return None
         worst = int(np.argmax(over))
+        rows = slots.candidates(source)
+        if rows.size == 0:
+            return None
+        context = reqs.prompt_tokens[rows] + reqs.output_tokens[rows]
+        # What leaves a draining instance is taken without the reserve for those that run.
+        granted = now.grants + (kept_free(inst) if inst.draining[source] else 0)
         targets = slots.open_targets()
-        targets = targets[targets != source]
+        targets = targets[(targets != source) & (granted[targets] >= context.min())]
         if targets.size == 0:
             return None
         slack = np.round(room[targets].min(axis=1))
         widest = targets[slack >= slack.max()]
         target = int(widest[np.argmin(load.name_rank(inst.ids)[widest])])
-        rows = slots.candidates(source)
-        rows = rows[(room[target] >= ahead.request[:, rows].T).all(axis=1)]
-        if rows.size == 0:
+        fits = (room[target] >= ahead.request[:, rows].T).all(axis=1) & (granted[target] >= context)
+        if not fits.any():
             return None
-        context = reqs.prompt_tokens[rows] + reqs.output_tokens[rows]
+        rows, context = rows[fits], context[fits]
         cost_s, recompute = self._cost_s(context)
         left_s = self._expected_steps(ahead, rows) * max(inst.step_ms[source], 1e-3) / 1e3
         relief = np.minimum(ahead.request[worst, rows], over[worst])
@@ -96,8 +116,9 @@ class StarMoves:
             return None
         pick = min(np.flatnonzero(value >= best), key=lambda k: reqs.rids[rows[k]])
         row = int(rows[pick])
-        need[source] -= ahead.request[:, row]
+        now.need[source] -= ahead.request[:, row]
         room[target] -= ahead.request[:, row]
+        now.grants[target] -= context[pick] + inst.reserve_each[target]
         slots.take(source, target)
         return MoveOrder(
             rid=reqs.rids[row],
