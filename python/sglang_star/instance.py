@@ -20,7 +20,7 @@ from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
 from sglang_star.orders import Orders
 from sglang_star.platform import device
-from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, MigrationMessage, Peer
+from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, Peer, PeerMessage
 from sglang_star.status import ROLES, StatusReporter, StepTimer
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Instance:
     def tick(self) -> None:
         """Handle what arrived, advance moves, publish; SGLang is between two steps."""
         self._receive()
-        if self._mover.guests.by_stream:
+        if self._mover.target.moves:
             self._await_commit()
         self._mover.step()
         with self._faults.contained("orders"):
@@ -121,7 +121,7 @@ class Instance:
             if isinstance(item, Order):
                 with self._faults.contained("an order"):
                     self._links.reply(item, self._orders.obey(item.message))
-            elif isinstance(item, MigrationMessage | PeerLost):
+            elif isinstance(item, PeerMessage | PeerLost):
                 self._mover.handle(item)
 
     def _await_commit(self) -> None:
@@ -135,7 +135,7 @@ class Instance:
             return
         running = device.pending(queue[-1][1])
         until = time.monotonic() + HOLD_SHARE * self._timer.ema_ms / 1e3
-        while self._mover.guests.expecting() and time.monotonic() < until and running():
+        while self._mover.target.expecting() and time.monotonic() < until and running():
             if self._links.idle():
                 self._links.wait(POLL_S)
             self._receive()
@@ -201,7 +201,7 @@ class Instance:
         """Rids of shadows whose forward started before that ``time.perf_counter()``."""
         return [
             shadow.req.rid
-            for shadow in self._mover.relay.shadows.values()
+            for shadow in self._mover.home.shadows.values()
             if 0 < shadow.req.time_stats.forward_entry_time < started_before  # type: ignore[attr-defined]
         ]
 

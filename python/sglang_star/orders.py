@@ -13,10 +13,9 @@ from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import NotMovable, OrderRefused, StarError, UnknownRequest
 from sglang_star.migration.armed import MAX_WAIT_S, ArmedOrder
-from sglang_star.migration.guests import Guest
-from sglang_star.migration.move import Move
+from sglang_star.migration.host import Guest
 from sglang_star.migration.mover import Mover
-from sglang_star.migration.relay import ARRIVED
+from sglang_star.migration.outgoing import Outgoing
 from sglang_star.protocol import (
     DRAIN,
     DisarmOrder,
@@ -28,6 +27,7 @@ from sglang_star.protocol import (
     StatusOrder,
     UndrainOrder,
 )
+from sglang_star.star_request import star_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,10 @@ class Orders:
         step_ms: Callable[[], float],
     ) -> None:
         self._engine = engine
-        self._source = mover.source
-        self._guests = mover.guests
-        self._relay = mover.relay
+        self._sender = mover.sender
+        self._target = mover.target
+        self._host = mover.host
+        self._home = mover.home
         self._log = mover.log
         self._armed = mover.armed
         self._here = here
@@ -93,11 +94,11 @@ class Orders:
                     self._unstarted(order, "disarmed", "POST /star/disarm")
                 return orjson.dumps({"disarmed": [order.migration_id for order in gone]})
             case DrainOrder():
-                self._guests.draining = True
+                self._target.draining = True
                 self._drain_targets = list(message.targets)
                 return orjson.dumps({"draining": True, "requests": len(self._decoding())})
             case UndrainOrder():
-                self._guests.draining = False
+                self._target.draining = False
                 self._drain_targets = []
                 return orjson.dumps({"draining": False})
         raise OrderRefused(f"unknown order {type(message).__name__}")
@@ -137,7 +138,7 @@ class Orders:
         *,
         hold_after: int | None = None,
         migration_id: str = "",
-    ) -> Move:
+    ) -> Outgoing:
         """Start moving the request that its client knows as ``rid``.
 
         Raises:
@@ -147,17 +148,17 @@ class Orders:
         self._check_role()
         for name, req, guest in self._movable():
             if name == rid:
-                return self._source.start(
+                return self._sender.start(
                     req,
                     rid,
                     target,
                     reason,
                     step_ms=self._step_ms(),
-                    guest_of=(guest.reserve.stream_id, guest.reserve.home) if guest else None,
+                    guest_of=(guest.stream_id, guest.home) if guest else None,
                     hold_after=hold_after,
                     migration_id=migration_id,
                 )
-        for shadow in self._relay.shadows.values():
+        for shadow in self._home.shadows.values():
             if shadow.req.rid == rid:
                 raise OrderRefused(
                     f"{rid} decodes on {shadow.host.instance_id} now",
@@ -173,16 +174,15 @@ class Orders:
 
     def _movable(self) -> Iterator[tuple[str, Request, Guest | None]]:
         """What decodes here: guests by the name their client knows, then our own requests."""
-        for guest in self._guests.by_stream.values():
-            if guest.req is not None and not guest.arriving:
-                yield guest.reserve.client_rid, guest.req, guest
+        for guest in self._host.by_stream.values():
+            yield guest.client_rid, guest.req, guest
         for req in self._engine.running():
-            if req.rid not in self._guests.by_rid and not req.finished():
+            if req.rid not in self._host.by_rid and not req.finished():
                 yield req.rid, req, None
 
     def _decoding(self) -> list[str]:
         """What their clients call the requests that decode here."""
-        names = {g.rid: g.reserve.client_rid for g in self._guests.by_stream.values()}
+        names = {guest.rid: guest.client_rid for guest in self._host.by_stream.values()}
         return [names.get(req.rid, req.rid) for req in self._engine.running() if not req.finished()]
 
     def step(self) -> None:
@@ -193,9 +193,9 @@ class Orders:
             self._drain()
 
     def _fire(self) -> None:
-        moving = {id(move.req) for move in self._source.moves.values()}
+        moving = {id(move.req) for move in self._sender.moves.values()}
         running = [
-            (name, len(req.output_ids) - getattr(req, ARRIVED, 0))
+            (name, len(req.output_ids) - star_of(req).arrived)
             for name, req, _ in self._movable()
             if id(req) not in moving
         ]
@@ -228,7 +228,7 @@ class Orders:
         """Start as many moves as are allowed, round-robin over the targets."""
         self._drain_next = self._engine.now() + DRAIN_RETRY_S
         for rid in self._decoding():
-            if len(self._source.moves) >= self._config.max_moves:
+            if len(self._sender.moves) >= self._config.max_moves:
                 return
             target = self._drain_targets.pop(0)
             self._drain_targets.append(target)

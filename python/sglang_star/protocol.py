@@ -9,7 +9,7 @@ Three conversations use this file:
 * instance -> router, ZMQ PUB/SUB: :class:`InstanceStatus`;
 * HTTP process -> scheduler of one instance, ZMQ over a private ipc socket: the ``*Order`` messages
   and their :class:`OrderReply`;
-* home instance <-> target instance, ZMQ DEALER/ROUTER: ``Reserve`` ... ``Heartbeat``.
+* instance to instance, each PUSHes to the other's PULL socket: ``Reserve`` ... ``Heartbeat``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgspec
 
 from sglang_star.errors import MalformedMessage, VersionMismatch
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 
 DRAIN: Final = "drain"
 """Reason of every move off an instance that is to go; targets go by it. The router's policies,
@@ -250,27 +250,60 @@ class OrderReply(Message, frozen=True):
     payload: bytes = b"{}"
 
 
-# --------------------------------------------------------------------------- home <-> target
+# --------------------------------------------------------------------------- between instances
 
 
-class MigrationMessage(Message, frozen=True):
-    """Base of all instance-to-instance messages.
+class PeerMessage(Message, frozen=True):
+    """Base of all messages between instances.
+
+    A receiver drops a message that is not meant for its present incarnation.
+    """
+
+    @property
+    def receiver(self) -> int:
+        """Incarnation it is meant for."""
+        raise NotImplementedError
+
+
+class Route(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What a message is about, and for whom.
 
     Attributes:
-        migration_id: unique per move.
+        migration_id: unique per move, and so the *epoch* of a stream: the move by which its
+            present host got it. Only the home decides which epoch its client is served from;
+            tokens, hand-overs and releases of any other are dropped wherever they arrive.
         stream_id: unique per lease of a client's stream; given by its home and changed when home
-            takes the stream back, so that tokens of a former host are recognised as ghosts.
-        sender_incarnation, receiver_incarnation: a receiver drops a message that is not meant
-            for its present incarnation.
+            takes the stream back, so that what a former host still says is recognised.
+        receiver: incarnation it is meant for.
     """
 
     migration_id: str
     stream_id: str
-    sender_incarnation: int
-    receiver_incarnation: int
+    receiver: int
 
 
-class Reserve(MigrationMessage, frozen=True):
+class MoveMessage(PeerMessage, frozen=True):
+    """Base of the messages that are about one move."""
+
+    route: Route
+
+    @property
+    def migration_id(self) -> str:
+        """See :class:`Route`."""
+        return self.route.migration_id
+
+    @property
+    def stream_id(self) -> str:
+        """See :class:`Route`."""
+        return self.route.stream_id
+
+    @property
+    def receiver(self) -> int:
+        """See :class:`Route`."""
+        return self.route.receiver
+
+
+class Reserve(MoveMessage, frozen=True):
     """Source asks for a request slot on the target.
 
     Attributes:
@@ -300,18 +333,18 @@ class Reserve(MigrationMessage, frozen=True):
     transport_setup: bytes
 
 
-class Reserved(MigrationMessage, frozen=True):
+class Reserved(MoveMessage, frozen=True):
     """Target holds a slot for the request and has opened the carrier."""
 
 
-class Refused(MigrationMessage, frozen=True):
+class Refused(MoveMessage, frozen=True):
     """Target cannot take the request, or can no longer; it holds nothing of it."""
 
     error_type: str
     message: str
 
 
-class PagesReady(MigrationMessage, frozen=True):
+class PagesReady(MoveMessage, frozen=True):
     """KV of token positions ``[start, end)`` lies in the carrier's slot ``slot``."""
 
     start: int
@@ -319,14 +352,14 @@ class PagesReady(MigrationMessage, frozen=True):
     slot: int
 
 
-class PagesTaken(MigrationMessage, frozen=True):
+class PagesTaken(MoveMessage, frozen=True):
     """Target has copied them; the source may reuse ``slot``."""
 
     end: int
     slot: int
 
 
-class Parked(MigrationMessage, frozen=True):
+class Parked(MoveMessage, frozen=True):
     """The request is out of the source's batch; :class:`Commit` follows when its step is over.
 
     Attributes:
@@ -348,7 +381,7 @@ class MoveFacts(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     started_at: float
 
 
-class Commit(MigrationMessage, frozen=True):
+class Commit(MoveMessage, frozen=True):
     """The request is parked at the source and everything the target still lacks is here.
 
     Attributes:
@@ -365,7 +398,7 @@ class Commit(MigrationMessage, frozen=True):
     facts: MoveFacts
 
 
-class Inserted(MigrationMessage, frozen=True):
+class Inserted(MoveMessage, frozen=True):
     """The request decodes at ``host`` from now on; sent to the source and to the home.
 
     Attributes:
@@ -378,10 +411,11 @@ class Inserted(MigrationMessage, frozen=True):
     moves: int
 
 
-class TokenChunk(MigrationMessage, frozen=True):
-    """Tokens a host decoded for a guest, sent to its home.
+class TokenChunk(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What a host decoded of one stream.
 
     Attributes:
+        migration_id, stream_id: see :class:`Route`.
         index: position in the request's output of the first token of this chunk; a chunk whose
             index is below what home already has is a duplicate, above it early.
         token_ids: the new tokens.
@@ -390,6 +424,8 @@ class TokenChunk(MigrationMessage, frozen=True):
         finished: JSON of SGLang's finish reason once the request is over, else empty.
     """
 
+    migration_id: str
+    stream_id: str
     index: int
     token_ids: tuple[int, ...]
     details: bytes = b""
@@ -397,14 +433,26 @@ class TokenChunk(MigrationMessage, frozen=True):
     finished: bytes = b""
 
 
-class Release(MigrationMessage, frozen=True):
+class Tokens(PeerMessage, frozen=True):
+    """What a host decoded in one step for one home, sent there."""
+
+    receiver_incarnation: int
+    chunks: tuple[TokenChunk, ...]
+
+    @property
+    def receiver(self) -> int:
+        """See :class:`PeerMessage`."""
+        return self.receiver_incarnation
+
+
+class Release(MoveMessage, frozen=True):
     """The receiver shall drop what it holds of this stream: abort, cancel, reclaim, ghost."""
 
     reason: str
 
 
-class Heartbeat(MigrationMessage, frozen=True):
-    """``migration_id`` and ``stream_id`` are empty.
+class Heartbeat(PeerMessage, frozen=True):
+    """The sender is there.
 
     Attributes:
         live: streams the sender believes it shares with the receiver. A stream one side holds
@@ -412,7 +460,13 @@ class Heartbeat(MigrationMessage, frozen=True):
     """
 
     sender: Peer
+    receiver_incarnation: int
     live: tuple[str, ...] = ()
+
+    @property
+    def receiver(self) -> int:
+        """See :class:`PeerMessage`."""
+        return self.receiver_incarnation
 
 
 AnyMessage = (
@@ -432,7 +486,7 @@ AnyMessage = (
     | Parked
     | Commit
     | Inserted
-    | TokenChunk
+    | Tokens
     | Release
     | Heartbeat
 )

@@ -10,6 +10,7 @@ from typing import Any
 from sglang_star import hooks
 from sglang_star.errors import StarError
 from sglang_star.launch import ATTRIBUTE
+from sglang_star.star_request import star_of
 
 _INSTANCE = "_star"
 
@@ -60,7 +61,7 @@ def get_output_streamer_class(base: Any, scheduler: Any) -> Any:
                 base.stream_output(self, own, return_logprob, skip_req)
 
         def build_additional_customized_info(self, reqs: Any) -> dict[str, list[Any]]:
-            estimates = [getattr(req, "_star_estimate", ()) for req in reqs]
+            estimates = [star_of(req).estimate for req in reqs]
             if not any(estimates):
                 return {}
             return {"star_remaining": [[tuple(e)] if e else [] for e in estimates]}
@@ -77,7 +78,7 @@ def create_generation_req(
     req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any
 ) -> None:
     """AFTER ``Scheduler._create_generation_req``."""
-    req._star_origin = recv_req
+    star_of(req).origin = recv_req
 
 
 def add_request_to_queue(

@@ -14,10 +14,10 @@ from sglang_star.engine import batch
 from sglang_star.engine.real import SglangEngine
 from sglang_star.faults import Faults
 from sglang_star.migration.mover import Mover
-from sglang_star.migration.relay import ESTIMATE, MOVES
 from sglang_star.platform import paced
 from sglang_star.predictor import runner
 from sglang_star.protocol import InstanceStatus, Peer, RequestStatus
+from sglang_star.star_request import star_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -83,8 +83,9 @@ class StatusReporter:
         self._engine = engine
         self._pages = engine.pages
         self._peer = peer
-        self._source = mover.source
-        self._guests = mover.guests
+        self._sender = mover.sender
+        self._target = mover.target
+        self._guests = mover.host
         self._log = mover.log
         self._armed = mover.armed
         self._faults = faults
@@ -104,7 +105,7 @@ class StatusReporter:
         running += [self._describe(req, JOINING) for req in self._joining()]
         queued = [self._describe(req, QUEUED) for req in self._queued()]
         retracted = [self._describe(req, QUEUED) for req in batch.retracted(scheduler)]
-        arriving = [guest.req for guest in self._guests.arriving() if guest.req]
+        arriving = [move.req for move in self._target.moves.values() if move.req]
         reserved = sum(map(self._engine.held, arriving))
         return InstanceStatus(
             instance_id=self._peer.instance_id,
@@ -122,7 +123,7 @@ class StatusReporter:
             queued=len(queued),
             retracted=len(retracted),
             retractions=self.retractions,
-            draining=self._guests.draining,
+            draining=self._target.draining,
             requests=(*running, *queued, *retracted),
             recent_moves=tuple(self._log.reports) if all_reports else self._log.recent(),
             move_outcomes=dict(self._log.outcomes),
@@ -135,7 +136,7 @@ class StatusReporter:
 
     def _running(self) -> Iterator[Req]:
         seen: set[int] = set()
-        parked = (move.req for move in self._source.moves.values())
+        parked = (move.req for move in self._sender.moves.values())
         last = self._scheduler.last_batch
         batches = [self._scheduler.running_batch.reqs, last.reqs if last else (), parked]
         for reqs in batches:
@@ -163,16 +164,17 @@ class StatusReporter:
 
     def _describe(self, req: Req, state: str) -> RequestStatus:
         guest = self._guests.by_rid.get(req.rid)
-        move = next((m for m in self._source.moves.values() if m.req is req), None)
+        star = star_of(req)
+        move = next((m for m in self._sender.moves.values() if m.req is req), None)
         return RequestStatus(
-            rid=guest.reserve.client_rid if guest else req.rid,
+            rid=guest.client_rid if guest else req.rid,
             prompt_tokens=len(req.origin_input_ids),
             output_tokens=len(req.output_ids),
             max_new_tokens=req.sampling_params.max_new_tokens,
-            remaining=tuple(getattr(req, ESTIMATE, ())),
-            home=(guest.reserve.home if guest else self._peer).instance_id,
+            remaining=tuple(star.estimate),
+            home=(guest.home if guest else self._peer).instance_id,
             state=move.machine.state.value if move else state,
             pinned=self._engine.unsupported or self._engine.pinned(req),
-            moves=getattr(req, MOVES, 0),
+            moves=star.moves,
             queued=state == QUEUED,
         )

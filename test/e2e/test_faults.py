@@ -9,7 +9,8 @@ import zmq
 
 from e2e.fleet import PROMPT_IDS, Fleet, new_rid
 from sglang_star.cluster import Cluster
-from sglang_star.protocol import Message, TokenChunk, encode
+from sglang_star.migration.home import MAX_EARLY
+from sglang_star.protocol import TokenChunk, Tokens, encode
 
 pytestmark = pytest.mark.e2e
 
@@ -22,12 +23,11 @@ BYSTANDER = {
 }
 
 
-def send(address: str, messages: list[Message]) -> None:
+def send(address: str, message: Tokens) -> None:
     context = zmq.Context()
     socket = context.socket(zmq.PUSH)
     socket.connect(address)
-    for message in messages:
-        socket.send(encode(message))
+    socket.send(encode(message))
     socket.close()
     context.term()  # waits until all is sent
 
@@ -46,19 +46,20 @@ def test_a_message_that_breaks_its_handler_costs_its_stream_a_detour(cluster: Cl
                 assert code == 202, order
                 assert (await fleet.report(order["migration_id"]))["outcome"] == "moved"
                 star = (await fleet.get(fleet.engines[home] + "/server_info"))["star"]
+                _, request = await fleet.found(rid)
+                now = request["output_tokens"]
                 # Whatever comes next in the stream, one of these is it.
                 bad = [
                     TokenChunk(
                         migration_id=order["migration_id"],
                         stream_id=order["stream_id"],
-                        sender_incarnation=0,
-                        receiver_incarnation=star["incarnation"],
                         index=index,
                         token_ids=(NO_TOKEN,),
                     )
-                    for index in range(8000)
+                    for index in range(now, now + MAX_EARLY)
                 ]
-                await asyncio.to_thread(send, star["migration_address"], bad)
+                message = Tokens(receiver_incarnation=star["incarnation"], chunks=tuple(bad))
+                await asyncio.to_thread(send, star["migration_address"], message)
                 # Home has it back, decoding from where the client's stream stands.
                 await fleet.faults(home, {"TokenChunk": 1})
                 name, request = await fleet.found(rid)

@@ -18,6 +18,7 @@ from sglang_star.protocol import (
     Peer,
     Refused,
     Reserve,
+    Route,
     UndrainOrder,
     decode,
     encode,
@@ -157,10 +158,9 @@ def test_garbage_on_the_sockets_is_dropped(cluster: Cluster) -> None:
 def stranger(here: Peer, incarnation: int) -> Reserve:
     """Asks for a place with another model's fingerprint."""
     return Reserve(
-        migration_id=uuid.uuid4().hex,
-        stream_id=uuid.uuid4().hex,
-        sender_incarnation=here.incarnation,
-        receiver_incarnation=incarnation,
+        route=Route(
+            migration_id=uuid.uuid4().hex, stream_id=uuid.uuid4().hex, receiver=incarnation
+        ),
         source=here,
         home=here,
         fingerprint="another model's",

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from sglang_star.errors import MalformedMessage
+from sglang_star.star_request import StarRequest
 
 pytestmark = pytest.mark.engine
 
@@ -56,7 +57,7 @@ def request(**changes: Any) -> Any:
     return SimpleNamespace(
         **{
             **plain,
-            "_star_origin": origin,
+            "_star": StarRequest(origin=origin),
             "sampling_params": origin.sampling_params,
             "origin_input_ids": array("q", [5, 6, 7]),
             "return_hidden_states": False,
@@ -110,7 +111,7 @@ def test_an_ordinary_request_may_move() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"_star_origin": None}, "original message"),
+        ({"_star": StarRequest()}, "original message"),
         ({"multimodal_inputs": object()}, "multimodal"),
         ({"session_id": "s"}, "session"),
         ({"beam_group": object()}, "beam"),

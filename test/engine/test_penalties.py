@@ -17,6 +17,8 @@ import torch
 pytestmark = pytest.mark.engine
 
 penalties = pytest.importorskip("sglang_star.engine.penalties")
+from sglang_star.star_request import star_of  # noqa: E402
+
 penaltylib = pytest.importorskip("sglang.srt.sampling.penaltylib")
 schedule_batch = pytest.importorskip("sglang.srt.managers.schedule_batch")
 forward = pytest.importorskip("sglang.srt.model_executor.forward_batch_info")
@@ -163,7 +165,7 @@ def resumed_from_backup(line: Timeline) -> None:
 def moved(line: Timeline) -> None:
     """Parked, settled, inserted elsewhere with the log in its commit."""
     line.settle()
-    log = getattr(line.req, penalties.PENALTY_LOG)
+    log = star_of(line.req).penalty_log
     assert len(log) == len(line.req.output_ids) - 1
     line.join()
 
@@ -245,14 +247,14 @@ def test_a_request_without_penalties_keeps_no_log() -> None:
         req.output_ids.extend(TEXT[:5])
     batch = Batch([plain, penalised], EXTEND, overlap=False)
     batch.prepare_for_decode()
-    assert not hasattr(plain, penalties.PENALTY_LOG)
-    assert list(getattr(penalised, penalties.PENALTY_LOG)) == [*TEXT[:5], TEXT[4]]
+    assert star_of(plain).penalty_log is None
+    assert list(star_of(penalised).penalty_log) == [*TEXT[:5], TEXT[4]]
     assert torch.equal(batch.applied(0)[0], torch.zeros(VOCABULARY))
 
 
 def test_a_request_whose_output_is_gone_starts_anew() -> None:
     req = request(frequency_penalty=1.0)
-    setattr(req, penalties.PENALTY_LOG, array("q", TEXT[:9]))
+    star_of(req).penalty_log = array("q", TEXT[:9])
     batch = Batch([req], EXTEND, overlap=False)
-    assert not getattr(req, penalties.PENALTY_LOG)
+    assert not star_of(req).penalty_log
     assert torch.equal(batch.applied()[0], torch.zeros(VOCABULARY))

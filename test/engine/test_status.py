@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 status = pytest.importorskip("sglang_star.status")
-arrival = pytest.importorskip("sglang_star.migration.arrival")
+target = pytest.importorskip("sglang_star.migration.target")
 real = pytest.importorskip("sglang_star.engine.real")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
 
@@ -60,14 +60,16 @@ def scheduler() -> Any:
     )
 
 
-def guests_of(*arriving: Any) -> Any:
-    found = [
-        SimpleNamespace(req=req, reserve=SimpleNamespace(context_tokens=req.kv.kv_allocated_len))
+def arriving_moves(*arriving: Any) -> dict[str, Any]:
+    return {
+        req.rid: SimpleNamespace(
+            req=req, reserve=SimpleNamespace(context_tokens=req.kv.kv_allocated_len)
+        )
         for req in arriving
-    ]
-    return SimpleNamespace(
-        arriving=lambda: found, by_rid={}, by_stream={}, draining=False, refuse=lambda *a: None
-    )
+    }
+
+
+NO_GUESTS: Any = SimpleNamespace(by_rid={}, by_stream={})
 
 
 def engine_of(scheduler: Any, free: int) -> Any:
@@ -79,11 +81,15 @@ def engine_of(scheduler: Any, free: int) -> Any:
     return engine
 
 
-def reporter(scheduler: Any, guests: Any, free: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def reporter(scheduler: Any, free: int, monkeypatch: pytest.MonkeyPatch, *arriving: Any) -> Any:
     engine = engine_of(scheduler, free)
     monkeypatch.setattr(engine, "pinned", lambda req: "")
     mover: Any = SimpleNamespace(
-        source=SimpleNamespace(moves={}), guests=guests, log=MoveLog(engine), armed=ArmedOrders()
+        sender=SimpleNamespace(moves={}),
+        target=SimpleNamespace(moves=arriving_moves(*arriving), draining=False),
+        host=NO_GUESTS,
+        log=MoveLog(engine),
+        armed=ArmedOrders(),
     )
     return status.StatusReporter(
         scheduler, engine, PEER, mover, status.StepTimer(), Faults()
@@ -92,7 +98,7 @@ def reporter(scheduler: Any, guests: Any, free: int, monkeypatch: pytest.MonkeyP
 
 def test_every_request_is_counted_once(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler.disagg_decode_prealloc_queue.retracted_queue.append(request("retracted"))
-    found = reporter(scheduler, guests_of(), CAPACITY - 250, monkeypatch)
+    found = reporter(scheduler, CAPACITY - 250, monkeypatch)
     states = {r.rid: (r.state, r.queued) for r in found.requests}
     assert states == {
         **dict.fromkeys(("a", "b", "merging"), ("running", False)),
@@ -106,23 +112,24 @@ def test_every_request_is_counted_once(scheduler: Any, monkeypatch: pytest.Monke
 def test_kv_held_for_guests_is_reserved_and_not_used(
     scheduler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = reporter(scheduler, guests_of(request("guest", 300)), CAPACITY - 550, monkeypatch)
+    found = reporter(scheduler, CAPACITY - 550, monkeypatch, request("guest", 300))
     assert (found.kv_used_tokens, found.kv_reserved_tokens) == (250, 300)
 
 
 def check(scheduler: Any, free: int, reason: str = "overflow", *arriving: Any) -> None:
     """Ask a target whether it takes a guest of 1,000 tokens."""
     config = SimpleNamespace(max_guests=8)
-    target = arrival.Arrivals(
+    made = target.Target(
         engine_of(scheduler, free),
-        SimpleNamespace(),
-        SimpleNamespace(),
-        guests_of(*arriving),
-        config,
+        SimpleNamespace(),  # type: ignore[arg-type]
+        SimpleNamespace(),  # type: ignore[arg-type]
+        NO_GUESTS,
+        config,  # type: ignore[arg-type]
         "f",
     )
+    made.moves = arriving_moves(*arriving)
     message = SimpleNamespace(fingerprint="f", context_tokens=1000, reason=reason)
-    target._check(message)
+    made._check(message)
 
 
 def test_a_guest_leaves_room_for_those_who_run_to_grow(scheduler: Any) -> None:
@@ -133,7 +140,7 @@ def test_a_guest_leaves_room_for_those_who_run_to_grow(scheduler: Any) -> None:
     with pytest.raises(OrderRefused, match="400 of them promised"):
         check(scheduler, enough + 499, "overflow", request("other", 400))
     # Off an instance that is to go, a guest may come as long as it fits at all.
-    check(scheduler, 1000 + arrival.HEADROOM_TOKENS, DRAIN)
+    check(scheduler, 1000 + target.HEADROOM_TOKENS, DRAIN)
 
 
 def test_no_guest_comes_before_those_who_were_retracted(scheduler: Any) -> None:
@@ -144,4 +151,4 @@ def test_no_guest_comes_before_those_who_were_retracted(scheduler: Any) -> None:
 
 def test_an_aggregated_instance_asks_only_that_a_guest_fits(scheduler: Any) -> None:
     scheduler.disagg_decode_prealloc_queue = scheduler.disagg_decode_transfer_queue = None
-    check(scheduler, 1000 + arrival.HEADROOM_TOKENS)
+    check(scheduler, 1000 + target.HEADROOM_TOKENS)

@@ -252,6 +252,7 @@ class FakeEngine:
         for req in self.compiling.values():
             if req.rid.startswith(rid):
                 req.to_finish = ending
+                self._node.world.clock.after(0.0, self._node.compiled, req.rid)
         launched = [req for _, reqs in self.in_flight for req in reqs]
         for req in {id(r): r for r in [*self.batch, *self._joining, *launched]}.values():
             if not req.finished() and req.rid.startswith(rid):

@@ -345,7 +345,7 @@ class History:
         )
         since: dict[str, tuple[int, float]] = {}
         for node in self.nodes.values():
-            for shadow in node.mover.relay.shadows.values() if node.alive and not still else ():
+            for shadow in node.mover.home.shadows.values() if node.alive and not still else ():
                 have = len(shadow.req.output_ids)
                 known, began = before.get(shadow.stream_id, (have, now))
                 since[shadow.stream_id] = have, began if known == have else now

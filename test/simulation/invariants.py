@@ -26,10 +26,13 @@ def at_rest(history: History) -> Iterator[str]:
 def _empty(node: Node) -> Iterator[str]:
     mover, engine = node.mover, node.engine
     kept = {
-        "moves": mover.source.moves,
-        "guests": mover.guests.by_stream,
-        "guests by name": mover.guests.by_rid,
-        "shadows": mover.relay.shadows,
+        "moves": mover.sender.moves,
+        "arriving": mover.target.moves,
+        "arriving by name": mover.target._by_rid,
+        "being rebuilt": mover.target._rebuilding,
+        "guests": mover.host.by_stream,
+        "guests by name": mover.host.by_rid,
+        "shadows": mover.home.shadows,
         "armed orders": len(mover.armed),
         "running requests": [req for req in engine.batch if not req.finished()],
         "waiting requests": engine.waiting,

@@ -192,10 +192,7 @@ class Link:
 
     def _heartbeat(self, to: Peer, live: frozenset[str]) -> Heartbeat:
         return Heartbeat(
-            migration_id="",
-            stream_id="",
-            sender_incarnation=self.peer.incarnation,
-            receiver_incarnation=to.incarnation,
             sender=self.peer,
+            receiver_incarnation=to.incarnation,
             live=tuple(sorted(live)),
         )

@@ -171,8 +171,9 @@ class Node:
         """Whether something here goes on by the clock alone."""
         mover = self.mover
         return bool(
-            mover.source.moves
-            or mover.guests.by_stream
+            mover.sender.moves
+            or mover.target.moves
+            or mover.host.by_stream
             or mover.armed
             or self.engine.waiting
             or (self.orders._drain_targets and self.engine.batch)

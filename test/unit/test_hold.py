@@ -13,8 +13,8 @@ import pytest
 
 from sglang_star.config import StarConfig
 from sglang_star.migration.report import MoveLog
-from sglang_star.migration.source import Source
-from sglang_star.migration.states import Home
+from sglang_star.migration.sender import Sender
+from sglang_star.migration.states import Sending
 from sglang_star.protocol import (
     Commit,
     PagesReady,
@@ -23,6 +23,7 @@ from sglang_star.protocol import (
     Refused,
     Release,
     Reserved,
+    Route,
 )
 from unit.no_faults import NoFaults
 
@@ -32,7 +33,7 @@ PROMPT, BUDGET, PAGE = 500, 64, 16
 
 
 class Engine:
-    """Instance A between two steps: the verbs that its source side uses.
+    """Instance A between two steps: the verbs that its sender uses.
 
     Attributes:
         batch: requests that decode; in_flight: whether a step of those parked is not over yet.
@@ -48,7 +49,7 @@ class Engine:
         self.sent: list[Any] = []
         self.ids = map(str, itertools.count())
         self.log = MoveLog(self)  # type: ignore[arg-type]
-        self.source = Source(
+        self.sender = Sender(
             self,  # type: ignore[arg-type]
             SimpleNamespace(peer=HERE, send=lambda to, message: self.sent.append(message)),
             SimpleNamespace(shadows={}),  # type: ignore[arg-type]
@@ -119,32 +120,27 @@ class Engine:
         return req
 
     def start(self, req: Any, hold_after: int | None = 0) -> Any:
-        return self.source.start(req, "r", THERE, "test", step_ms=1.0, hold_after=hold_after)
+        return self.sender.start(req, "r", THERE, "test", step_ms=1.0, hold_after=hold_after)
 
     def answer(self, kind: type[Any], move: Any, **fields: Any) -> Any:
-        return kind(
-            migration_id=move.migration_id,
-            stream_id=move.stream_id,
-            sender_incarnation=1,
-            receiver_incarnation=1,
-            **fields,
-        )
+        route = Route(migration_id=move.migration_id, stream_id=move.stream_id, receiver=1)
+        return kind(route=route, **fields)
 
     def refuse(self, move: Any) -> None:
         refusal = self.answer(Refused, move, error_type="OrderRefused", message="full")
-        self.source.on_refused(refusal)
+        self.sender.on_refused(refusal)
 
     def all_of(self, kind: type[Any]) -> list[Any]:
         return [message for message in self.sent if isinstance(message, kind)]
 
     def step(self, token_for: Any = None) -> None:
         """One step of the scheduler: the target empties every slot, running requests decode."""
-        for move in list(self.source.moves.values()):
+        for move in list(self.sender.moves.values()):
             for slot, end in list(move.filled.items()):
-                self.source.on_taken(self.answer(PagesTaken, move, end=end, slot=slot))
+                self.sender.on_taken(self.answer(PagesTaken, move, end=end, slot=slot))
         for req in self.batch:
             req.output_ids.append(0)
-        self.source.step(NoFaults())
+        self.sender.step(NoFaults())
 
 
 @pytest.fixture
@@ -152,20 +148,20 @@ def engine() -> Iterator[Engine]:
     made = Engine()
     yield made
     # A carrier whose target never answered still has its name.
-    for move in made.source.moves.values():
+    for move in made.sender.moves.values():
         move.carrier.close()
 
 
 def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engine) -> None:
     req = engine.request()
     move = engine.start(req)
-    assert move.machine.state is Home.HELD
+    assert move.machine.state is Sending.HELD
     assert engine.batch == []
     engine.step()
     assert engine.all_of(PagesReady) == []
-    engine.source.on_reserved(engine.answer(Reserved, move))
+    engine.sender.on_reserved(engine.answer(Reserved, move))
     before, steps = 0, 0
-    while move.machine.state is not Home.COMMITTED:
+    while move.machine.state is not Sending.COMMITTED:
         engine.step()
         assert move.sent - before <= BUDGET
         before, steps = move.sent, steps + 1
@@ -182,12 +178,12 @@ def test_the_step_in_flight_still_counts(engine: Engine, tokens: int) -> None:
     req = engine.request(tokens)
     engine.in_flight = True
     move = engine.start(req)
-    engine.source.on_reserved(engine.answer(Reserved, move))
+    engine.sender.on_reserved(engine.answer(Reserved, move))
     for _ in range(20):
         engine.step()
     # All whole pages went, and no commit before the last token is known.
     assert move.sent == (PROMPT + tokens - 1) // PAGE * PAGE
-    assert move.machine.state is Home.PARKED
+    assert move.machine.state is Sending.PARKED
     req.output_ids.append(0)
     engine.in_flight = False
     engine.step()
@@ -202,32 +198,32 @@ def test_refused_it_is_back_in_the_batch_with_the_next_step(engine: Engine, rese
     engine.in_flight = True
     move = engine.start(req)
     if reserved:
-        engine.source.on_reserved(engine.answer(Reserved, move))
+        engine.sender.on_reserved(engine.answer(Reserved, move))
         engine.step()
     engine.refuse(move)
     # Its KV is not complete before the result of the step in flight is in.
-    assert move.machine.state is Home.RESUMING
+    assert move.machine.state is Sending.RESUMING
     assert engine.batch == []
     assert move.off_batch
     for late in (Reserved, PagesTaken):
         fields = {"end": 1, "slot": 0} if late is PagesTaken else {}
         message = engine.answer(late, move, **fields)
-        (engine.source.on_taken if fields else engine.source.on_reserved)(message)
+        (engine.sender.on_taken if fields else engine.sender.on_reserved)(message)
     engine.refuse(move)
-    engine.source.on_lost(THERE, "gone")
+    engine.sender.on_lost(THERE, "gone")
     engine.in_flight = False
     engine.step()
     assert engine.batch == [req]
-    assert engine.source.moves == {}
+    assert engine.sender.moves == {}
     assert [report.outcome for report in engine.log.reports] == ["refused"]
     # And it can move again.
-    assert engine.start(req).machine.state is Home.HELD
+    assert engine.start(req).machine.state is Sending.HELD
 
 
 @pytest.mark.parametrize(
     ("end", "outcome"),
     [
-        (lambda engine, move: engine.source.on_lost(THERE, "silent"), "failed"),
+        (lambda engine, move: engine.sender.on_lost(THERE, "silent"), "failed"),
         (lambda engine, move: setattr(move, "deadline", 0.0), "failed"),
         (lambda engine, move: engine.refuse(move), "refused"),
     ],
@@ -259,7 +255,7 @@ def test_a_request_that_ends_with_its_step_in_flight_is_not_put_back(
     engine.in_flight = False
     engine.step()
     assert engine.batch == []
-    assert engine.source.moves == {}
+    assert engine.sender.moves == {}
     outcomes = [report.outcome for report in engine.log.reports]
     assert outcomes == ["refused" if refused else "cancelled"]
 
@@ -269,19 +265,19 @@ def test_held_later_it_decodes_so_many_tokens_before(engine: Engine) -> None:
     move = engine.start(req, hold_after=3)
     for tokens in (6, 7):
         engine.step()
-        assert (len(req.output_ids), move.machine.state) == (tokens, Home.RESERVING)
+        assert (len(req.output_ids), move.machine.state) == (tokens, Sending.RESERVING)
     engine.step()
-    assert (len(req.output_ids), move.machine.state) == (8, Home.HELD)
+    assert (len(req.output_ids), move.machine.state) == (8, Sending.HELD)
 
 
 def test_held_while_copying_it_keeps_what_was_copied(engine: Engine) -> None:
     req = engine.request()
     move = engine.start(req, hold_after=2)
-    engine.source.on_reserved(engine.answer(Reserved, move))
+    engine.sender.on_reserved(engine.answer(Reserved, move))
     engine.step()
-    assert move.machine.state is Home.COPYING
+    assert move.machine.state is Sending.COPYING
     engine.step()
-    assert move.machine.state is Home.PARKED
+    assert move.machine.state is Sending.PARKED
     copied = move.precopied
     assert 0 < copied < PROMPT
     for _ in range(20):
@@ -296,6 +292,6 @@ def test_those_that_wait_are_copied_before_those_that_decode(engine: Engine) -> 
     first = engine.start(decoding, hold_after=None)
     second = engine.start(waiting)
     for move in (first, second):
-        engine.source.on_reserved(engine.answer(Reserved, move))
+        engine.sender.on_reserved(engine.answer(Reserved, move))
     engine.step()
     assert (first.sent, second.sent) == (0, BUDGET)

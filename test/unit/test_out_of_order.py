@@ -8,21 +8,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
-from sglang_star.migration.arrival import Arrivals
-from sglang_star.migration.guests import Guest, Guests
-from sglang_star.migration.move import Move
-from sglang_star.migration.relay import Relay
+from sglang_star.migration.home import Home
+from sglang_star.migration.host import Guest, Host
+from sglang_star.migration.incoming import Homecoming
+from sglang_star.migration.outgoing import Outgoing
 from sglang_star.migration.report import MoveLog
-from sglang_star.migration.source import Source
+from sglang_star.migration.sender import Sender
 from sglang_star.migration.states import (
-    Home,
-    HomeEvent,
-    Target,
-    TargetEvent,
-    home_machine,
-    target_machine,
+    Hosting,
+    Receiving,
+    ReceivingEvent,
+    Sending,
+    SendingEvent,
 )
+from sglang_star.migration.target import Target
 from sglang_star.protocol import (
     Commit,
     Inserted,
@@ -30,9 +31,12 @@ from sglang_star.protocol import (
     PagesReady,
     Parked,
     Peer,
+    Release,
     Reserve,
+    Route,
     TokenChunk,
 )
+from sglang_star.star_request import star_of
 from unit.no_faults import NoFaults
 
 
@@ -63,17 +67,23 @@ def request(tokens: int = 4) -> Any:
     )
 
 
-def address(migration_id: str) -> dict[str, Any]:
-    return {
-        "migration_id": migration_id,
-        "stream_id": STREAM,
-        "sender_incarnation": 1,
-        "receiver_incarnation": 1,
-    }
+def route(migration_id: str) -> Route:
+    return Route(migration_id=migration_id, stream_id=STREAM, receiver=1)
 
 
-def inserted(migration_id: str, host: Peer, moves: int) -> Inserted:
-    return Inserted(**address(migration_id), host=host, facts=FACTS, moves=moves)
+def inserted(migration_id: str, host: Peer, moves: int, tokens: int = 6) -> Inserted:
+    facts = structs.replace(FACTS, context_tokens=tokens + 3 - 1)
+    return Inserted(route=route(migration_id), host=host, facts=facts, moves=moves)
+
+
+def chunk(migration_id: str, index: int, *tokens: int, finished: bytes = b"") -> TokenChunk:
+    return TokenChunk(
+        migration_id=migration_id,
+        stream_id=STREAM,
+        index=index,
+        token_ids=tokens,
+        finished=finished,
+    )
 
 
 class AtHome:
@@ -96,20 +106,18 @@ class AtHome:
         self.post: Any = SimpleNamespace(
             peer=A, send=lambda to, message: self.sent.append((to, message))
         )
-        self.relay = Relay(
-            self.engine, self.post, self.log, lambda stream, why: None, timeout_s=3.0
-        )
-        self.source = Source(
+        self.home = Home(self.engine, self.post, self.log, lambda stream, why: None, timeout_s=3.0)
+        self.sender = Sender(
             self.engine,
             self.post,
-            self.relay,
+            self.home,
             self.log,
             None,  # type: ignore[arg-type]
             "f",
             lambda stream: None,
         )
         self.log.clock(self.req)
-        self.move = Move(
+        self.move = Outgoing(
             migration_id="to-b",
             stream_id=STREAM,
             req=self.req,
@@ -124,23 +132,22 @@ class AtHome:
             step_ms=1.0,
             deadline=time.monotonic() + 60,
             started_at=time.time(),
-            machine=home_machine(),
         )
-        for event in (HomeEvent.ORDER, HomeEvent.RESERVED, HomeEvent.PARK, HomeEvent.COMMIT):
+        for event in (SendingEvent.RESERVED, SendingEvent.PARK, SendingEvent.COMMIT):
             self.move.machine.fire(event)
-        self.source.moves["to-b"] = self.move
+        self.sender.moves["to-b"] = self.move
 
     def token(self) -> list[str]:
         """The client gets one; returns the moves reported so far."""
-        self.log.token(self.req)
+        self.log.token(self.req, self.log.clock(self.req))
         return [report.migration_id for report in self.log.reports]
 
     def hear(self, message: Any) -> None:
-        self.source.proven(message)
-        if message.migration_id in self.source.moves:
-            self.source.on_inserted(message)
+        self.sender.proven(message)
+        if message.migration_id in self.sender.moves:
+            self.sender.on_inserted(message)
         else:
-            self.relay.on_inserted(message)
+            self.home.on_inserted(message)
 
 
 def test_the_latest_host_counts_in_whatever_order_they_report() -> None:
@@ -148,9 +155,9 @@ def test_the_latest_host_counts_in_whatever_order_they_report() -> None:
     home.hear(inserted("to-b", B, 1))
     home.hear(inserted("to-d", D, 3))
     home.hear(inserted("to-c", C, 2))
-    shadow = home.relay.shadows[STREAM]
+    shadow = home.home.shadows[STREAM]
     assert (shadow.host, shadow.migration_id) == (D, "to-d")
-    assert home.req._star_moves == 3
+    assert star_of(home.req).moves == 3
     assert sorted(home.token()) == ["to-b", "to-c", "to-d"]
     home.hear(inserted("to-c", C, 2))
     assert len(home.token()) == 3, "reported once"
@@ -160,25 +167,25 @@ def test_the_latest_host_counts_in_whatever_order_they_report() -> None:
 def test_a_later_host_proves_that_the_target_has_the_request() -> None:
     home = AtHome()
     home.hear(inserted("to-c", C, 2))
-    assert home.move.machine.state is Home.SHADOW
-    assert home.relay.shadows[STREAM].host == C
+    assert home.move.machine.state is Sending.HANDED_OVER
+    assert home.home.shadows[STREAM].host == C
     home.hear(inserted("to-b", B, 1))
-    assert home.relay.shadows[STREAM].host == C
+    assert home.home.shadows[STREAM].host == C
     assert sorted(home.token()) == ["to-b", "to-c"]
     assert home.sent == []
 
 
 def test_so_does_a_token_of_a_later_host() -> None:
     home = AtHome()
-    home.source.proven(TokenChunk(**address("to-c"), index=4, token_ids=(7,)))
-    assert home.relay.shadows[STREAM].host == B
-    assert not home.source.moves
+    home.sender.proven(chunk("to-c", 4, 7))
+    assert home.home.shadows[STREAM].host == B
+    assert not home.sender.moves
 
 
 def test_a_message_of_the_same_move_proves_nothing() -> None:
     home = AtHome()
-    home.source.proven(TokenChunk(**address("to-b"), index=4, token_ids=(7,)))
-    assert home.move.machine.state is Home.COMMITTED
+    home.sender.proven(chunk("to-b", 4, 7))
+    assert home.move.machine.state is Sending.COMMITTED
 
 
 @pytest.fixture
@@ -188,9 +195,8 @@ def returning() -> SimpleNamespace:
     home.hear(inserted("to-b", B, 1))
     home.hear(inserted("to-c", C, 2))
     req = home.req
-    guests = Guests(home.engine, home.post, SimpleNamespace())  # type: ignore[arg-type]
     reserve = Reserve(
-        **address("to-a"),
+        route=route("to-a"),
         source=C,
         home=A,
         fingerprint="f",
@@ -204,34 +210,32 @@ def returning() -> SimpleNamespace:
         transport="shm",
         transport_setup=b"",
     )
-    guest = Guest(
+    target = Target(
+        home.engine,
+        home.post,
+        home.home,
+        SimpleNamespace(by_stream={}),  # type: ignore[arg-type]
+        SimpleNamespace(),  # type: ignore[arg-type]
+        "f",
+    )
+    home.home._over = target.stay_away
+    move = Homecoming(
         reserve=reserve,
         rid="r",
         carrier=SimpleNamespace(close=lambda: None),  # type: ignore[arg-type]
         deadline=time.monotonic() + 60,
-        confirmed_at=time.monotonic(),
-        comes_home=True,
-        machine=target_machine(),
         req=req,
+        shadow=home.home.shadows[STREAM],
     )
-    guest.machine.fire(TargetEvent.PAGES)  # type: ignore[union-attr]
-    guests.add(guest)
-    arrivals = Arrivals(
-        home.engine,
-        home.post,
-        home.relay,
-        guests,
-        SimpleNamespace(),  # type: ignore[arg-type]
-        "f",
-    )
-    return SimpleNamespace(
-        home=home, guest=guest, guests=guests, arrivals=arrivals, joined=home.joined
-    )
+    move.machine.fire(ReceivingEvent.SEAT)
+    move.machine.fire(ReceivingEvent.PAGES)
+    target.moves[STREAM] = target._by_rid["r"] = move
+    return SimpleNamespace(home=home, move=move, target=target, joined=home.joined)
 
 
 def commit(*tokens: int) -> Commit:
     return Commit(
-        **address("to-a"),
+        route=route("to-a"),
         committed_tokens=3 + len(tokens) - 1,
         output_ids=tokens,
         penalty_log=(),
@@ -241,37 +245,76 @@ def commit(*tokens: int) -> Commit:
 
 
 def test_a_commit_waits_for_the_last_tokens_of_an_earlier_host(returning: SimpleNamespace) -> None:
-    returning.arrivals.on_commit(commit(0, 1, 2, 3, 4))
-    returning.arrivals.step(NoFaults())
+    returning.target.on_commit(commit(0, 1, 2, 3, 4))
+    returning.target.step(NoFaults())
     assert not returning.joined
-    assert returning.guest.arriving
+    assert returning.move.machine.state is Receiving.COMMITTED
     assert returning.home.sent == []
     returning.home.req.output_ids.append(4)
-    returning.arrivals.step(NoFaults())
+    returning.target.step(NoFaults())
     assert len(returning.joined) == 1
-    assert returning.guest.machine.state is Target.INSERTED
-    assert not returning.home.relay.shadows
+    assert returning.move.machine.state is Receiving.INSERTED
+    assert not returning.home.home.shadows
     [(to, answer)] = returning.home.sent
     assert (to, answer.host, answer.moves) == (C, A, 3)
 
 
-def test_a_commit_for_a_stream_that_has_ended_is_refused(
-    returning: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(returning.guests, "drop", lambda guest, why: None)
-    del returning.home.relay.shadows[STREAM]
-    returning.arrivals.on_commit(commit(0, 1, 2, 3))
-    assert not returning.joined
-    [(to, answer)] = returning.home.sent
+def test_a_stream_that_ends_at_home_does_not_come_there(returning: SimpleNamespace) -> None:
+    home = returning.home
+    home.engine.append = lambda req, tokens, details: req.output_ids.extend(tokens)
+    home.engine.end = lambda req, reason: None
+    home.home.on_chunk(chunk("to-c", 4, 7, finished=b'{"type": "stop"}'))
+    assert not home.home.shadows
+    [(to, answer)] = home.sent
     assert (to, answer.message) == (C, "the stream has ended at home")
+    returning.target.on_commit(commit(0, 1, 2, 3))
+    returning.target.step(NoFaults())
+    assert not returning.joined
 
 
 def test_pages_and_notices_of_another_move_are_not_this_ones(returning: SimpleNamespace) -> None:
-    guest, arrivals = returning.guest, returning.arrivals
-    arrivals.on_parked(Parked(**address("to-b"), step_ms=1e6))
-    assert guest.due == 0.0
+    move, target = returning.move, returning.target
+    target.on_parked(Parked(route=route("to-b"), step_ms=1e6))
+    assert move.due == 0.0
     # None of the engine's verbs for pages is there: reaching one would raise.
-    arrivals.on_pages(PagesReady(**address("to-b"), start=0, end=1, slot=0))
+    target.on_pages(PagesReady(route=route("to-b"), start=0, end=1, slot=0))
+    target.on_release(Release(route=route("to-b"), reason="an earlier one"))
     assert returning.home.sent == []
-    arrivals.on_parked(Parked(**address("to-a"), step_ms=1e6))
-    assert guest.due > 0.0
+    target.on_parked(Parked(route=route("to-a"), step_ms=1e6))
+    assert move.due > 0.0
+
+
+def test_a_former_host_speaks_only_of_what_the_present_one_came_with() -> None:
+    home = AtHome()
+    home.engine.append = lambda req, tokens, details: req.output_ids.extend(tokens)
+    home.hear(inserted("to-b", B, 1, tokens=4))
+    home.hear(inserted("to-c", C, 2, tokens=6))
+    home.home.on_chunk(chunk("to-c", 6, 16))
+    # B gave the stream away at 6 tokens; had it gone on, its seventh would be another one.
+    home.home.on_chunk(chunk("to-b", 6, 99))
+    home.home.on_chunk(chunk("to-b", 5, 15, 99))
+    home.home.on_chunk(chunk("to-b", 4, 14, finished=b'{"type": "abort"}'))
+    assert list(home.req.output_ids) == [0, 1, 2, 3]
+    home.home.on_chunk(chunk("to-b", 4, 14, 15))
+    assert list(home.req.output_ids) == [0, 1, 2, 3, 14, 15, 16]
+
+
+def test_a_release_of_an_earlier_visit_does_not_end_this_one() -> None:
+    ended: list[str] = []
+    engine: Any = SimpleNamespace(abort=ended.append)
+    host = Host(engine, SimpleNamespace(peer=B), timeout_s=3.0)  # type: ignore[arg-type]
+    guest = Guest(
+        req=request(),
+        client_rid="r",
+        stream_id=STREAM,
+        migration_id="second",
+        home=A,
+        base=4,
+        sent=4,
+        confirmed_at=0.0,
+    )
+    host.take(guest)
+    host.on_release(Release(route=route("first"), reason="late"))
+    assert (guest.machine.state, ended) == (Hosting.RUNNING, [])
+    host.on_release(Release(route=route("second"), reason="aborted"))
+    assert (guest.machine.state, ended) == (Hosting.DROPPED, ["r"])

@@ -244,6 +244,19 @@ def test_star_does_not_move_to_where_it_will_overflow_too() -> None:
     assert make_rescheduler("star").orders(both_full) == []
 
 
+def test_star_asks_no_target_that_would_keep_its_memory_for_those_it_has() -> None:
+    # Room for the forecast, but SGLang keeps 512 tokens for each of the 5 requests and the guest.
+    snapshot = two_instances((9_500, 5_000), remaining=300.0, capacity=9_500)
+    policy = make_rescheduler("star")
+    small = replace(snapshot.instances, reserve_each=np.array([512, 512]))
+    assert policy.orders(replace(snapshot, instances=small))
+    full = replace(snapshot.instances, reserve_each=np.array([512, 700]))
+    assert policy.orders(replace(snapshot, instances=full)) == []
+    # A draining instance is emptied all the same: the target makes room for its requests.
+    leaving = replace(full, draining=np.array([True, False]), accepts=np.array([False, True]))
+    assert policy.orders(replace(snapshot, instances=leaving))
+
+
 def test_star_leaves_an_instance_that_misses_the_tpot_limit() -> None:
     slow = two_instances((10_000, 5_000), step_ms=(70.0, 25.0))
     orders = make_rescheduler("star").orders(slow)

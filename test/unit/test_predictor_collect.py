@@ -28,6 +28,7 @@ from sglang_star.predictor.samples import (
     shard_paths,
     write_shard,
 )
+from sglang_star.star_request import star_of
 from unit import predictor_cases as cases
 
 TEXTS = ("one", "two\nlines", "drei ✓")
@@ -176,7 +177,7 @@ def test_the_recorder_skips_a_request_it_did_not_see_begin(tmp_path: Path) -> No
     recorder = Recorder(tmp_path)
     req = cases.request()
     recorder.step(np.ones((1, 6), np.float32), [req], [9])
-    assert not hasattr(req, "_star_track")
+    assert star_of(req).track is None
 
 
 def test_values_beyond_half_precision_are_kept_finite(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sglang_star.errors import MalformedMessage
 from sglang_star.predictor.estimator import Estimator
 from sglang_star.predictor.state import export_state, import_state
+from sglang_star.star_request import star_of
 from unit import predictor_cases as cases
 
 WIDTH = 4
@@ -28,7 +29,7 @@ def test_every_request_that_grew_gets_ascending_estimates_within_its_limit() -> 
     for tokens in range(1, 5):
         estimator.step(rows(3, tokens), reqs, [tokens] * 3)
         for req in reqs:
-            estimate = req._star_estimate
+            estimate = star_of(req).estimate
             assert len(estimate) == 5
             assert list(estimate) == sorted(estimate)
             assert estimate[0] >= 0
@@ -39,8 +40,8 @@ def test_every_request_that_grew_gets_ascending_estimates_within_its_limit() -> 
 def test_a_request_that_gained_nothing_is_left_alone() -> None:
     reqs = [cases.request(), cases.request()]
     Estimator(cases.head()).step(rows(2), reqs, [None, 1])
-    assert not hasattr(reqs[0], "_star_estimate")
-    assert reqs[1]._star_estimate
+    assert not star_of(reqs[0]).estimate
+    assert star_of(reqs[1]).estimate
 
 
 def test_estimates_do_not_depend_on_the_company_in_the_batch() -> None:
@@ -50,7 +51,7 @@ def test_estimates_do_not_depend_on_the_company_in_the_batch() -> None:
     for i, req in enumerate(together):
         alone = cases.request(prompt=len(req.origin_input_ids))
         Estimator(cases.head()).step(rows(3)[i : i + 1], [alone], [1])
-        assert alone._star_estimate == pytest.approx(req._star_estimate, rel=1e-5)
+        assert star_of(alone).estimate == pytest.approx(star_of(req).estimate, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -60,14 +61,14 @@ def test_a_non_finite_state_falls_back_to_age_and_is_counted(bad: float) -> None
     batch = rows(2)
     batch[0, 1] = bad
     estimator.step(batch, [req, other], [60, 60])
-    assert req._star_estimate == (6.0, 7.0, 8.0, 9.0, 10.0)
+    assert star_of(req).estimate == (6.0, 7.0, 8.0, 9.0, 10.0)
     assert estimator.fallbacks == 1
     # The bad step left nothing behind.
     estimator.step(rows(2, 1), [req, other], [61, 61])
     assert estimator.fallbacks == 1
-    assert np.isfinite(req._star_fusion.total).all()
-    assert req._star_fusion.steps == 1
-    assert other._star_fusion.steps == 2
+    assert np.isfinite(star_of(req).fusion.total).all()
+    assert star_of(req).fusion.steps == 1
+    assert star_of(other).fusion.steps == 2
 
 
 def test_a_moved_request_goes_on_as_if_it_had_stayed() -> None:
@@ -76,11 +77,11 @@ def test_a_moved_request_goes_on_as_if_it_had_stayed() -> None:
     for step in range(5):
         estimator.step(rows(2, step)[[0, 0]], [stayed, moved], [step + 1] * 2)
     import_state(target, export_state(moved))
-    assert target._star_estimate == moved._star_estimate
+    assert star_of(target).estimate == star_of(moved).estimate
     elsewhere = Estimator(cases.head())
     estimator.step(rows(1, 9), [stayed], [6])
     elsewhere.step(rows(1, 9), [target], [6])
-    assert target._star_estimate == pytest.approx(stayed._star_estimate, rel=1e-6)
+    assert star_of(target).estimate == pytest.approx(star_of(stayed).estimate, rel=1e-6)
 
 
 def test_a_decode_instance_needs_nothing_of_what_prefill_saw() -> None:
@@ -91,7 +92,7 @@ def test_a_decode_instance_needs_nothing_of_what_prefill_saw() -> None:
     for tokens in (2, 3, 4):
         estimator.step(rows(1, tokens), [whole], [tokens])
         elsewhere.step(rows(1, tokens), [decode_only], [tokens])
-        assert whole._star_estimate == decode_only._star_estimate
+        assert star_of(whole).estimate == star_of(decode_only).estimate
 
 
 def test_a_state_of_another_head_is_started_again() -> None:
@@ -99,14 +100,14 @@ def test_a_state_of_another_head_is_started_again() -> None:
     Estimator(cases.head(width=7)).step(np.ones((1, 7), np.float32), [source], [2])
     import_state(target, export_state(source))
     Estimator(cases.head()).step(rows(1), [target], [3])
-    assert target._star_fusion.steps == 1
+    assert star_of(target).fusion.steps == 1
 
 
 def test_no_state_is_no_bytes_and_back() -> None:
     req = cases.request()
     assert export_state(req) == b""
     import_state(req, b"")
-    assert not hasattr(req, "_star_fusion")
+    assert star_of(req).fusion is None
 
 
 def encoded(steps: int, recent: list[float], total: list[float], estimate: list[float]) -> bytes:
@@ -135,7 +136,7 @@ def test_bytes_that_are_no_state_change_nothing(data: bytes) -> None:
     req = cases.request()
     with pytest.raises(MalformedMessage):
         import_state(req, data)
-    assert not hasattr(req, "_star_fusion")
+    assert star_of(req).fusion is None
 
 
 @given(st.binary(max_size=200))

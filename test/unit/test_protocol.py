@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 import pytest
 from hypothesis import given
@@ -20,26 +18,28 @@ FACTS = protocol.MoveFacts(
     step_ms=3.5,
     started_at=1.0,
 )
-ADDRESS: dict[str, Any] = {
-    "migration_id": "m",
-    "stream_id": "a/7/1",
-    "sender_incarnation": 7,
-    "receiver_incarnation": 8,
-}
+ROUTE = protocol.Route(migration_id="m", stream_id="a/7/1", receiver=8)
+CHUNK = protocol.TokenChunk(
+    migration_id="m",
+    stream_id="a/7/1",
+    index=3,
+    token_ids=(5,),
+    remaining=(1.0, 2.0, 3.0, 4.0, 5.0),
+)
 MESSAGES = [
-    protocol.Parked(**ADDRESS, step_ms=30.0),
-    protocol.PagesReady(**ADDRESS, start=0, end=16, slot=2),
+    protocol.Parked(route=ROUTE, step_ms=30.0),
+    protocol.PagesReady(route=ROUTE, start=0, end=16, slot=2),
     protocol.Commit(
-        **ADDRESS,
+        route=ROUTE,
         committed_tokens=10,
         output_ids=(1, 2),
         penalty_log=(1,),
         predictor=b"x",
         facts=FACTS,
     ),
-    protocol.Inserted(**ADDRESS, host=PEER, facts=FACTS, moves=2),
-    protocol.TokenChunk(**ADDRESS, index=3, token_ids=(5,), remaining=(1.0, 2.0, 3.0, 4.0, 5.0)),
-    protocol.Heartbeat(**ADDRESS, sender=PEER, live=("a/7/1",)),
+    protocol.Inserted(route=ROUTE, host=PEER, facts=FACTS, moves=2),
+    protocol.Tokens(receiver_incarnation=8, chunks=(CHUNK, CHUNK)),
+    protocol.Heartbeat(receiver_incarnation=8, sender=PEER, live=("a/7/1",)),
     protocol.MigrateOrder(order_id=1, rid="r", target=PEER),
     protocol.MigrateOrder(
         order_id=2, rid="r*", target=PEER, at_tokens=20, hold_after=0, expire_s=60.0

@@ -1,135 +1,131 @@
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_star.errors import IllegalTransition
+from sglang_star.migration import states
 from sglang_star.migration.states import (
-    HOME_TRANSITIONS,
     OFF_BATCH,
-    OWNER,
-    TARGET_TRANSITIONS,
-    Home,
-    HomeEvent,
-    Target,
-    TargetEvent,
-    home_machine,
-    target_machine,
+    Hosting,
+    Lent,
+    Machine,
+    Receiving,
+    ReceivingEvent,
+    Sending,
+    SendingEvent,
 )
 
-E, T = HomeEvent, TargetEvent
-HOME_ENDS = {Home.FINISHED, Home.ABORTED, Home.RECLAIMED, Home.HANDED_OVER}
-TARGET_ENDS = {Target.FINISHED, Target.ABORTED, Target.CANCELLED, Target.MOVED_ON}
-
-
-def test_a_move_and_a_way_back() -> None:
-    machine = home_machine()
-    for event in (E.ORDER, E.RESERVED, E.PARK, E.COMMIT, E.INSERTED_OWN, E.RETURN, E.ORDER):
-        machine.fire(event)
-    assert machine.state is Home.RESERVING
-
-
-PRE_COPIED = (E.ORDER, E.RESERVED, E.PARK, E.COMMIT)
-HELD_AT_ONCE = (E.ORDER, E.PARK, E.RESERVED, E.COMMIT)
+E, R = SendingEvent, ReceivingEvent
+TABLES: dict[Any, Mapping[Any, Any]] = {
+    Sending: states.SENDING,
+    Receiving: states.RECEIVING,
+    Hosting: states.HOSTING,
+    Lent: states.LENT,
+}
+ENDS: dict[Any, set[Any]] = {
+    Sending: {Sending.HANDED_OVER, Sending.CANCELLED, Sending.FINISHED, Sending.ABORTED},
+    Receiving: {Receiving.INSERTED, Receiving.CANCELLED},
+    Hosting: {Hosting.FINISHED, Hosting.MOVED_ON},
+    Lent: {Lent.RETURNED, Lent.FINISHED, Lent.ABORTED, Lent.RECLAIMED},
+}
+PRE_COPIED = (E.RESERVED, E.PARK, E.COMMIT)
+HELD_AT_ONCE = (E.PARK, E.RESERVED, E.COMMIT)
 
 
 @pytest.mark.parametrize("way", [PRE_COPIED, HELD_AT_ONCE])
-@pytest.mark.parametrize("steps", range(1, 5))
-def test_every_state_before_the_hand_over_can_cancel_back_to_running(
-    way: tuple[HomeEvent, ...], steps: int
+@pytest.mark.parametrize("steps", range(4))
+def test_every_state_before_the_hand_over_can_cancel(
+    way: tuple[SendingEvent, ...], steps: int
 ) -> None:
-    machine = home_machine()
+    machine = states.sending()
     for event in way[:steps]:
         machine.fire(event)
     # Out of the batch it has to wait for its last step before it can be put back.
     parked = E.PARK in way[:steps]
-    assert machine.fire(E.CANCEL) is (Home.RESUMING if parked else Home.RUNNING)
+    assert machine.fire(E.CANCEL) is (Sending.RESUMING if parked else Sending.CANCELLED)
     if parked:
-        assert machine.fire(E.RESUME) is Home.RUNNING
+        assert machine.fire(E.RESUME) is Sending.CANCELLED
 
 
 def test_a_held_request_waits_off_the_batch_for_its_target() -> None:
-    machine = home_machine()
-    machine.fire(E.ORDER)
-    assert machine.fire(E.PARK) is Home.HELD
+    machine = states.sending()
+    assert machine.fire(E.PARK) is Sending.HELD
     assert not machine.allows(E.COMMIT)
     assert not machine.allows(E.PARK)
-    assert machine.fire(E.RESERVED) is Home.PARKED
+    assert machine.fire(E.RESERVED) is Sending.PARKED
 
 
 def test_a_resuming_request_answers_to_nobody_but_its_batch() -> None:
-    allowed = {event for state, event in HOME_TRANSITIONS if state is Home.RESUMING}
+    allowed = {event for state, event in states.SENDING if state is Sending.RESUMING}
     assert allowed == {E.RESUME, E.FINISH, E.ABORT}
 
 
 def test_a_request_leaves_the_batch_by_one_event_and_comes_back_by_one() -> None:
-    for (state, event), following in HOME_TRANSITIONS.items():
+    for (state, event), following in states.SENDING.items():
         if state not in OFF_BATCH and following in OFF_BATCH:
             assert event is E.PARK
         # The others give up its place here for good.
-        if state in OFF_BATCH and following is Home.RUNNING:
+        if state in OFF_BATCH and following is Sending.CANCELLED:
             assert event is E.RESUME
 
 
-def test_nothing_leaves_an_end() -> None:
-    assert not {state for state, _ in HOME_TRANSITIONS} & HOME_ENDS
-    assert not {state for state, _ in TARGET_TRANSITIONS} & TARGET_ENDS
-
-
-def test_every_state_has_one_owner_and_can_be_reached() -> None:
-    assert set(OWNER) == {*Home, *Target}
-    assert {Home.RUNNING, *HOME_TRANSITIONS.values()} == set(Home)
-    assert {Target.RESERVED, *TARGET_TRANSITIONS.values()} == set(Target)
+@pytest.mark.parametrize("kind", TABLES)
+def test_nothing_leaves_an_end_and_everything_is_reached(kind: Any) -> None:
+    table = TABLES[kind]
+    assert {state for state, _ in table} == set(kind) - ENDS[kind]
+    assert {next(iter(kind)), *table.values()} == set(kind)
 
 
 def test_a_decoding_request_can_always_end() -> None:
-    for state in set(Home) - HOME_ENDS - {Home.COMMITTED}:
-        assert (state, E.FINISH) in HOME_TRANSITIONS
-        assert (state, E.ABORT) in HOME_TRANSITIONS
-    for guest in set(Target) - TARGET_ENDS:
-        assert (guest, T.CANCEL) in TARGET_TRANSITIONS
+    for state in set(Sending) - ENDS[Sending] - {Sending.COMMITTED}:
+        assert (state, E.FINISH) in states.SENDING
+    for waiting in set(Receiving) - ENDS[Receiving]:
+        assert (waiting, R.CANCEL) in states.RECEIVING
 
 
-@given(st.lists(st.sampled_from(list(HomeEvent)), max_size=30))
-def test_only_the_table_moves_the_machine(events: list[HomeEvent]) -> None:
-    machine = home_machine()
-    for event in events:
+@pytest.mark.parametrize("kind", TABLES)
+@given(data=st.data())
+def test_only_the_table_moves_a_machine(kind: Any, data: st.DataObject) -> None:
+    table = TABLES[kind]
+    machine: Machine[Any, Any] = Machine(next(iter(kind)), dict(table))
+    events = list({event for _, event in table})
+    for event in data.draw(st.lists(st.sampled_from(events), max_size=30)):
         before = machine.state
         if machine.allows(event):
-            assert machine.fire(event) is HOME_TRANSITIONS[before, event]
+            assert machine.fire(event) is table[before, event]
         else:
             with pytest.raises(IllegalTransition):
                 machine.fire(event)
             assert machine.state is before
 
 
-@given(st.lists(st.sampled_from(list(HomeEvent)), max_size=40))
-def test_a_request_off_the_batch_always_finds_a_way_on(events: list[HomeEvent]) -> None:
+@given(st.lists(st.sampled_from(list(SendingEvent)), max_size=40))
+def test_a_request_off_the_batch_always_finds_a_way_on(events: list[SendingEvent]) -> None:
     """Whatever came before: it moves on, or is back in its batch two events later."""
-    machine = home_machine()
+    machine = states.sending()
     for event in events:
         if machine.allows(event):
             machine.fire(event)
     if machine.state in OFF_BATCH:
         if machine.allows(E.CANCEL):
             machine.fire(E.CANCEL)
-        assert machine.fire(E.RESUME) is Home.RUNNING
+        assert machine.fire(E.RESUME) is Sending.CANCELLED
 
 
-def test_a_guest_may_be_handed_on_before_its_first_token() -> None:
-    machine = target_machine()
-    for event in (T.PAGES, T.COMMIT, T.MOVE_ON):
-        machine.fire(event)
-    assert machine.state is Target.MOVED_ON
-
-
-def test_a_guest_is_inserted_only_after_its_pages() -> None:
-    machine = target_machine()
+def test_a_request_joins_only_after_its_pages_and_its_commit() -> None:
+    machine = states.receiving()
+    machine.fire(R.SEAT)
+    for early in (R.COMMIT, R.JOIN):
+        with pytest.raises(IllegalTransition):
+            machine.fire(early)
+    machine.fire(R.PAGES)
     with pytest.raises(IllegalTransition):
-        machine.fire(T.COMMIT)
-    for event in itertools.chain([T.PAGES, T.PAGES, T.COMMIT], [T.DECODED] * 3, [T.FINISH]):
+        machine.fire(R.JOIN)
+    for event in (R.PAGES, R.COMMIT, R.JOIN):
         machine.fire(event)
-    assert machine.state is Target.FINISHED
+    assert machine.state is Receiving.INSERTED

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import httpx
@@ -83,6 +84,8 @@ class Stream:
 
 
 Observer = Callable[[Sequence[Stream]], None]
+Follow = Callable[[Stream, Callable[[], None]], Coroutine[Any, Any, None]]
+"""Streams one answer to its end and calls the function after every chunk."""
 
 
 def body(model: str, prompt: Prompt) -> dict[str, Any]:
@@ -102,28 +105,34 @@ def extras(rid: str) -> dict[str, Any]:
     return {"rid": rid, "return_output_ids_in_sglext": True, "stream_options": STREAM_OPTIONS}
 
 
-async def chat(
-    url: str, model: str, prompts: Sequence[Prompt], *, tag: str, observe: Observer
+async def at_their_times(
+    prompts: Sequence[Prompt], *, tag: str, observe: Observer, follow: Follow
 ) -> list[Stream]:
-    """Ask ``prompts`` through the official client and stream every answer to its end.
+    """Let ``follow`` stream every prompt from its time on; return all streams once they ended.
 
     ``observe`` is called after every chunk with all streams so far. A stream that breaks off is
     returned with its error; it does not disturb the others.
     """
     streams: list[Stream] = []
     began = time.monotonic()
-    async with (
-        openai.AsyncOpenAI(
-            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
-        ) as client,
-        asyncio.TaskGroup() as group,
-    ):
+    async with asyncio.TaskGroup() as group:
         for prompt in prompts:
             await asyncio.sleep(began + prompt.at_s - time.monotonic())
             stream = Stream(f"{tag}-{prompt.name}", prompt, time.monotonic())
             streams.append(stream)
-            group.create_task(_follow(client, model, stream, lambda: observe(streams)))
+            group.create_task(follow(stream, lambda: observe(streams)))
     return streams
+
+
+async def chat(
+    url: str, model: str, prompts: Sequence[Prompt], *, tag: str, observe: Observer
+) -> list[Stream]:
+    """Ask ``prompts`` through the official client; see :func:`at_their_times`."""
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
+    ) as client:
+        follow = partial(_follow, client, model)
+        return await at_their_times(prompts, tag=tag, observe=observe, follow=follow)
 
 
 async def _follow(

@@ -6,36 +6,26 @@ of a small machine as an engine does.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import aiohttp
 import orjson
 
-from sglang_star.demo.client import TIMEOUT_S, Observer, Stream, body, extras
+from sglang_star.demo.client import TIMEOUT_S, Observer, Stream, at_their_times, body, extras
 from sglang_star.demo.prompts import Prompt
 
 
 async def replay(
     url: str, model: str, prompts: Sequence[Prompt], *, tag: str, observe: Observer
 ) -> list[Stream]:
-    """Send every prompt at its time and follow all answers; see :func:`client.chat`."""
-    streams: list[Stream] = []
-    began = time.monotonic()
+    """Send every prompt at its time; see :func:`client.at_their_times`."""
+    connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with (
-        aiohttp.ClientSession(
-            url, connector=aiohttp.TCPConnector(limit=0), timeout=timeout
-        ) as session,
-        asyncio.TaskGroup() as group,
-    ):
-        for prompt in prompts:
-            await asyncio.sleep(began + prompt.at_s - time.monotonic())
-            stream = Stream(f"{tag}-{prompt.name}", prompt, time.monotonic())
-            streams.append(stream)
-            group.create_task(_follow(session, model, stream, lambda: observe(streams)))
-    return streams
+    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
+        follow = partial(_follow, session, model)
+        return await at_their_times(prompts, tag=tag, observe=observe, follow=follow)
 
 
 async def _follow(

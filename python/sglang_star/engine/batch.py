@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from sglang_star.engine.penalties import PENALTY_LOG
+from sglang_star.star_request import star_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -71,7 +71,7 @@ def unpark(scheduler: Scheduler, req: Req, penalty_log: Iterable[int]) -> None:
     """
     length = completed_tokens(req)
     assert req.kv.kv_committed_len == length, "unpark needs complete KV"
-    setattr(req, PENALTY_LOG, array("q", penalty_log))
+    star_of(req).penalty_log = array("q", penalty_log)
     req.refresh_fill_ids()
     req.extend_end = length
     batch = ScheduleBatch.init_new(

@@ -16,11 +16,11 @@ import orjson
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
 from sglang_star.errors import MalformedMessage
+from sglang_star.star_request import star_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-ORIGIN = "_star_origin"
 """Attribute of a Req: the message it was created from."""
 
 
@@ -41,7 +41,7 @@ _details_decoder = msgspec.msgpack.Decoder(TokenDetails)
 
 def pinned(req: Req) -> str:
     """Why this request cannot move; empty if it can."""
-    origin = getattr(req, ORIGIN, None)
+    origin = star_of(req).origin
     params = req.sampling_params
     reasons = (
         (origin is None, "its original message is unknown"),
@@ -64,7 +64,7 @@ def pinned(req: Req) -> str:
 
 def encode_request(req: Req) -> tuple[bytes, bytes]:
     """Return the stripped message and the prompt's token ids."""
-    origin = getattr(req, ORIGIN)
+    origin = star_of(req).origin
     stripped = msgspec.structs.replace(
         origin,
         rid=None,

@@ -26,14 +26,11 @@ from sglang.srt.sampling.penaltylib import (
     BatchedRepetitionPenalizer,
 )
 
+from sglang_star.star_request import star_of
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-
-PENALTY_LOG = "_star_penalty_log"
-"""Attribute of a penalised Req: an array of the token ids accumulated, in order."""
-_NOTHING_IN_FLIGHT = "_star_nothing_in_flight"
-"""Attribute of a Req that joined a batch under overlap with all its tokens known."""
 
 
 def cumulate_penalty_output_tokens(original: Any, batch: ScheduleBatch) -> None:
@@ -45,17 +42,19 @@ def cumulate_penalty_output_tokens(original: Any, batch: ScheduleBatch) -> None:
     """
     hidden: list[tuple[Req, int]] = []
     for req in batch.reqs:
-        if getattr(req, _NOTHING_IN_FLIGHT, False):
-            setattr(req, _NOTHING_IN_FLIGHT, False)
+        star = star_of(req)
+        if star.nothing_in_flight:
+            star.nothing_in_flight = False
             hidden.append((req, req.output_ids.pop()))
     try:
         for req in batch.reqs:
             if _is_penalised(req):
-                log = getattr(req, PENALTY_LOG, None)
-                if log is None:
-                    log = array("q")
-                    setattr(req, PENALTY_LOG, log)
-                log.append(req.output_ids[-1] if req.output_ids else req.origin_input_ids[-1])
+                star = star_of(req)
+                if star.penalty_log is None:
+                    star.penalty_log = array("q")
+                star.penalty_log.append(
+                    req.output_ids[-1] if req.output_ids else req.origin_input_ids[-1]
+                )
         original(batch)
     finally:
         for req, token in hidden:
@@ -79,9 +78,9 @@ def from_schedule_batch(
         if _is_penalised(req):
             count = max(0, len(req.output_ids) - (not prefills))
             log = accumulated(req, count, lags=batch.enable_overlap)
-            setattr(req, PENALTY_LOG, log)
-            joins_midway = batch.enable_overlap and not prefills and count > 0
-            setattr(req, _NOTHING_IN_FLIGHT, joins_midway)
+            star = star_of(req)
+            star.penalty_log = log
+            star.nothing_in_flight = batch.enable_overlap and not prefills and count > 0
             if log:
                 logs[row] = log
     if logs:
@@ -99,7 +98,7 @@ def accumulated(req: Req, count: int, *, lags: bool) -> array[int]:
         count: entries wanted.
         lags: whether SGLang takes the token before the latest, as under overlap.
     """
-    log = array("q", getattr(req, PENALTY_LOG, ())[:count])
+    log = array("q", (star_of(req).penalty_log or ())[:count])
     for index in range(len(log), count):
         log.append(req.output_ids[max(0, index - lags)])
     return log

@@ -15,9 +15,9 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_star.engine import batch, codec
 from sglang_star.engine.pages import KvPages
-from sglang_star.engine.penalties import PENALTY_LOG
 from sglang_star.errors import OrderRefused
 from sglang_star.predictor.state import export_state, import_state
+from sglang_star.star_request import star_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -117,7 +117,7 @@ class SglangEngine:
 
     def unpark(self, req: Req) -> None:
         """See :class:`Engine`."""
-        batch.unpark(self._scheduler, req, getattr(req, PENALTY_LOG, ()))
+        batch.unpark(self._scheduler, req, star_of(req).penalty_log or ())
 
     def describe(self, req: Req) -> tuple[bytes, bytes]:
         """See :class:`Engine`."""
@@ -125,7 +125,7 @@ class SglangEngine:
 
     def state(self, req: Req) -> tuple[tuple[int, ...], bytes]:
         """See :class:`Engine`."""
-        return tuple(getattr(req, PENALTY_LOG, ())), export_state(req)
+        return tuple(star_of(req).penalty_log or ()), export_state(req)
 
     def gather(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
         """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""

@@ -116,7 +116,7 @@ class Engine(Protocol):
     def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
         """Make a request of what :meth:`describe` gave, under another name.
 
-        The engine hands it to :meth:`Arrivals.rebuilt`, now or once its grammar is compiled, or
+        The engine hands it to :meth:`Target.rebuilt`, now or once its grammar is compiled, or
         never, if it does not accept such a request.
 
         Raises:

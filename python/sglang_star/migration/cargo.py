@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sglang_star.engine.verbs import Engine
-from sglang_star.migration.move import Move
+from sglang_star.migration.outgoing import Outgoing
 from sglang_star.migration.post import Post
-from sglang_star.migration.states import HomeEvent
-from sglang_star.protocol import Commit, MigrationMessage, PagesReady, Parked
+from sglang_star.migration.states import SendingEvent
+from sglang_star.protocol import Commit, MoveMessage, PagesReady, Parked
 
 
 class Cargo:
@@ -18,7 +18,7 @@ class Cargo:
         # No more than this is a last bit, not worth another step of waiting.
         self._small = max(engine.page_size, 2)
 
-    def load(self, move: Move, budget: int) -> int:
+    def load(self, move: Outgoing, budget: int) -> int:
         """Gather what is complete into free slots and return how many tokens that were.
 
         At most ``budget`` tokens, to the end of a slot; the last bit of a request that is out of
@@ -35,28 +35,28 @@ class Cargo:
             slot = move.free_slots.pop()
             move.filled[slot] = end
             self._engine.gather(move.req, move.sent, end, move.carrier.slot(slot))
-            self._send(PagesReady(**move.address, start=move.sent, end=end, slot=slot), move)
+            self._send(PagesReady(route=move.route, start=move.sent, end=end, slot=slot), move)
             move.sent = end
         return loaded
 
-    def nearly_all(self, move: Move) -> bool:
+    def nearly_all(self, move: Outgoing) -> bool:
         """Whether what the request decodes is all that is left to gather."""
         return self._ready(move) - move.sent < self._small
 
-    def seal(self, move: Move) -> None:
+    def seal(self, move: Outgoing) -> None:
         """Of a parked request: announce the commit, and send it once all KV is gathered."""
         req = move.req
         length = self._engine.written(req)
         if length - move.sent <= self._small and not move.announced:
             move.announced = True
-            self._send(Parked(**move.address, step_ms=move.step_ms), move)
+            self._send(Parked(route=move.route, step_ms=move.step_ms), move)
         if move.sent < length or not self._engine.is_settled(req):
             return
-        move.machine.fire(HomeEvent.COMMIT)
+        move.machine.fire(SendingEvent.COMMIT)
         penalty_log, predictor = self._engine.state(req)
         self._send(
             Commit(
-                **move.address,
+                route=move.route,
                 committed_tokens=length,
                 output_ids=tuple(req.output_ids),
                 penalty_log=penalty_log,
@@ -66,12 +66,12 @@ class Cargo:
             move,
         )
 
-    def _ready(self, move: Move) -> int:
+    def _ready(self, move: Outgoing) -> int:
         """Positions whose KV can be gathered: of a request that goes on growing, whole pages."""
         complete = self._engine.written(move.req)
         if move.off_batch and self._engine.is_settled(move.req):
             return complete
         return complete // self._engine.page_size * self._engine.page_size
 
-    def _send(self, message: MigrationMessage, move: Move) -> None:
+    def _send(self, message: MoveMessage, move: Outgoing) -> None:
         self._post.send(move.target, message)

@@ -38,7 +38,7 @@ from sglang_star.protocol import (
     PagesTaken,
     Peer,
     Reserved,
-    TokenChunk,
+    Tokens,
     decode,
     encode,
 )
@@ -46,7 +46,7 @@ from sglang_star.protocol import (
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20
-URGENT = (TokenChunk, Inserted, Reserved, PagesTaken)
+URGENT = (Tokens, Inserted, Reserved, PagesTaken)
 """What may be handled while a decode step runs, since it touches no request that is in it: a
 relayed token need not wait for home's own step."""
 
@@ -317,11 +317,4 @@ class Links:
         self.wake.set()
 
     def _heartbeat(self, to: Peer, live: frozenset[str]) -> Heartbeat:
-        return Heartbeat(
-            migration_id="",
-            stream_id="",
-            sender_incarnation=self.peer.incarnation,
-            receiver_incarnation=to.incarnation,
-            sender=self.peer,
-            live=tuple(live),
-        )
+        return Heartbeat(sender=self.peer, receiver_incarnation=to.incarnation, live=tuple(live))

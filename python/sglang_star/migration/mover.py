@@ -8,35 +8,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine, Request
-from sglang_star.errors import IllegalTransition, OrderRefused, StarError
+from sglang_star.errors import IllegalTransition, StarError
 from sglang_star.faults import Faults
 from sglang_star.migration.armed import ArmedOrders
-from sglang_star.migration.arrival import Arrivals
-from sglang_star.migration.guests import GUEST_PREFIX, Guests
-from sglang_star.migration.outflow import Outflow
+from sglang_star.migration.home import Home
+from sglang_star.migration.host import Host
 from sglang_star.migration.post import PeerLost, Post
-from sglang_star.migration.relay import Relay
-from sglang_star.migration.report import CLOCK, MoveLog
-from sglang_star.migration.source import Source
+from sglang_star.migration.report import MoveLog
+from sglang_star.migration.sender import Sender
+from sglang_star.migration.target import Target
 from sglang_star.protocol import (
     Commit,
     Heartbeat,
     Inserted,
-    MigrationMessage,
+    MoveMessage,
     PagesReady,
     PagesTaken,
     Parked,
     Peer,
+    PeerMessage,
     Refused,
     Release,
     Reserve,
     Reserved,
     TokenChunk,
+    Tokens,
 )
+from sglang_star.star_request import star_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,176 +50,194 @@ class Mover:
     """All moves from, to and for one engine.
 
     Attributes:
-        source: those from here; guests: requests of other homes; relay: our own that decode
-            elsewhere; armed: orders that wait for their request; log: how moves ended.
+        sender: moves from here; target: moves that come here; host: guests that decode here;
+            home: our own streams that decode elsewhere; armed: orders that wait for their
+            request; log: how moves ended.
     """
 
     def __init__(
         self, engine: Engine, post: Post, config: StarConfig, fingerprint: str, faults: Faults
     ) -> None:
+        timeout_s = config.peer_timeout_s
         self.log = MoveLog(engine)
         self.armed = ArmedOrders()
-        self.guests = Guests(engine, post, config)
-        self.relay = Relay(
-            engine, post, self.log, self.guests.stay_away, timeout_s=config.peer_timeout_s
+        self.home = Home(engine, post, self.log, self._over, timeout_s=timeout_s)
+        self.host = Host(engine, post, timeout_s=timeout_s)
+        self.target = Target(engine, post, self.home, self.host, config, fingerprint)
+        self.sender = Sender(
+            engine, post, self.home, self.log, config, fingerprint, self.host.moved_on
         )
-        self.source = Source(
-            engine, post, self.relay, self.log, config, fingerprint, self.guests.handed_over
-        )
-        self._arrivals = Arrivals(engine, post, self.relay, self.guests, config, fingerprint)
-        self._outflow = Outflow(engine, post, self.guests)
         self._engine = engine
         self._post = post
         self._faults = faults
 
+    def _over(self, stream_id: str, why: str) -> None:
+        self.target.stay_away(stream_id, why)
+
     # ------------------------------------------------------------------ the step boundary
 
-    def handle(self, item: MigrationMessage | PeerLost) -> None:
+    def handle(self, item: PeerMessage | PeerLost) -> None:
         """Take in a message, or that a peer is gone; a defect costs what it is about."""
-        with self._faults.contained(type(item).__name__, lambda: self._abandon(item)):
-            try:
-                self._dispatch(item)
-            except IllegalTransition:
-                raise  # a defect of ours, not an answer to anybody
-            except StarError as error:
-                logger.warning("STAR ignores %s: %s", type(item).__name__, error)
+        if isinstance(item, PeerMessage) and item.receiver != self._post.peer.incarnation:
+            return  # for the process that was here before
+        if isinstance(item, Tokens):
+            for chunk in item.chunks:
+                self._take(chunk, partial(self._abandon_chunk, chunk))
+        elif isinstance(item, MoveMessage):
+            self._take(item, partial(self._abandon, item))
+        else:
+            self._take(item, _nothing)
 
     def step(self) -> None:
         """Advance what is under way; the engine is between two steps."""
-        if self.source.moves:
-            self.source.step(self._faults)
-        if self.guests.by_stream:
-            self._arrivals.step(self._faults)
-            self.guests.step(self._faults)
+        if self.sender.moves:
+            self.sender.step(self._faults)
+        if self.target.moves:
+            self.target.step(self._faults)
 
     def flush(self) -> None:
-        """Send relayed tokens to the clients; may be called while a step runs."""
+        """Send tokens that came home to their clients; may be called while a step runs."""
         # What does not get out now goes with the request's next tokens: the engine keeps count.
         with self._faults.contained("relayed tokens"):
-            self.relay.flush()
+            self.home.flush()
 
     def watched(self) -> frozenset[tuple[Peer, str]]:
         """Peers to exchange heartbeats with, each with a stream that is the reason."""
-        pairs = {(s.host, s.stream_id) for s in self.relay.shadows.values()}
-        pairs |= {(m.target, m.stream_id) for m in self.source.moves.values()}
-        for guest in self.guests.by_stream.values():
-            if guest.reserve.home != self._post.peer:
-                pairs.add((guest.reserve.home, guest.reserve.stream_id))
-            if guest.arriving:
-                pairs.add((guest.reserve.source, guest.reserve.stream_id))
-        return frozenset(pairs)
+        pairs = {(shadow.host, shadow.stream_id) for shadow in self.home.shadows.values()}
+        pairs |= {(move.target, move.stream_id) for move in self.sender.moves.values()}
+        pairs |= {(guest.home, guest.stream_id) for guest in self.host.by_stream.values()}
+        for move in self.target.moves.values():
+            pairs |= {(peer, move.stream_id) for peer in (move.reserve.home, move.reserve.source)}
+        return frozenset(pair for pair in pairs if pair[0] != self._post.peer)
 
     @property
     def under_way(self) -> bool:
         """Whether messages may come that need not wait for the end of a step."""
-        return bool(self.relay.shadows or self.source.moves)
+        return bool(self.home.shadows or self.sender.moves)
 
     @property
     def holds_kv_off_batch(self) -> bool:
         """Whether KV is held that the engine's accounting does not see."""
-        return bool(self.guests.arriving()) or any(
-            move.off_batch for move in self.source.moves.values()
-        )
+        return bool(self.target.moves) or any(move.off_batch for move in self.sender.moves.values())
 
     # ------------------------------------------------------------------ what the engine tells
 
     def rebuilt(self, req: Request) -> bool:
         """The engine is about to queue ``req``; True if it is ours to keep."""
-        return self._arrivals.rebuilt(req)
+        return self.target.rebuilt(req)
 
     def emit(self, reqs: Sequence[AnyRequest]) -> Sequence[AnyRequest]:
         """Divert guests' output; return the requests whose clients are ours."""
-        # One that has ended may come again with the step that was in flight, when it is no guest
-        # of ours any more.
-        own = [
-            req for req in reqs if not (req.rid.startswith(GUEST_PREFIX) and self._diverted(req))
-        ]
-        for req in own:
-            if hasattr(req, CLOCK):
+        own: list[AnyRequest] = []
+        for req in reqs:
+            star = star_of(req)
+            if star.guest:
+                self._divert(req)
+                continue
+            own.append(req)
+            if star.clock is not None:
                 with self._faults.contained("the report of a move"):
-                    self.log.token(req)
+                    self.log.token(req, star.clock)
+        self.host.flush()
         return own
 
     def aborted(self, rid: str, reason: dict[str, Any] | None) -> bool:
         """The engine ended a request outside the output stream; True if it was a guest."""
-        return self._outflow.aborted_here(rid, reason)
+        guest = self.host.by_rid.get(rid)
+        if guest is None:
+            return self.target.aborted(rid)
+        self.host.aborted(guest, reason)
+        self.host.flush()
+        return True
 
     def abort(self, wanted: Callable[[Request], bool], reason: dict[str, Any]) -> None:
         """End requests that the engine does not find in its batch, with an error's ``reason``."""
-        self.relay.abort(wanted, reason)
-        for move in list(self.source.moves.values()):
+        self.home.abort(wanted, reason)
+        for move in list(self.sender.moves.values()):
             if move.off_batch and wanted(move.req):
-                self.source.abort(move, "aborted")
+                self.sender.abort(move, "aborted")
                 self._engine.end(move.req, reason)
                 self._engine.emit([move.req])
 
     # ------------------------------------------------------------------ small things
 
-    def _diverted(self, req: Request) -> bool:
-        """Whether the request is a guest; if so its tokens are on their way home."""
+    def _divert(self, req: Request) -> None:
+        """Send a guest's tokens home.
 
-        def end() -> None:
-            if (guest := self.guests.by_rid.get(req.rid)) is not None:
-                self.guests.abandon(guest, "a defect while sending its tokens")
+        One that has ended may come again with the step that was in flight, when it is no guest of
+        ours any more.
+        """
+        if (guest := self.host.by_rid.get(req.rid)) is not None:
+            end = partial(self.host.drop, guest, "a defect while sending its tokens")
+            with self._faults.contained("a guest's tokens", end):
+                self.host.emit(guest)
 
-        with self._faults.contained("a guest's tokens", end):
-            return self._outflow.emit(req)
-        return True
-
-    def _abandon(self, item: object) -> None:
+    def _abandon(self, item: MoveMessage) -> None:
         """Handling ``item`` failed: end what it is about, on this side and the other."""
-        if not isinstance(item, MigrationMessage):
-            return
         why = f"a defect while handling {type(item).__name__}"
-        if (move := self.source.moves.get(item.migration_id)) is not None:
-            self.source.abandon(move, why)
-        guest = self.guests.by_stream.get(item.stream_id)
-        if guest is not None and guest.reserve.migration_id == item.migration_id:
-            self.guests.abandon(guest, why)
-        elif isinstance(item, Reserve):
-            self.guests.refuse(item, OrderRefused(f"the target had {why}"))
-        shadow = self.relay.shadows.get(item.stream_id)
-        if shadow is not None and isinstance(item, TokenChunk):
-            self.relay.reclaim(shadow, why)
+        if (sent := self.sender.moves.get(item.migration_id)) is not None:
+            self.sender.abandon(sent, why)
+        self.target.abandon(item, why)
+        guest = self.host.by_stream.get(item.stream_id)
+        if guest is not None and guest.migration_id == item.migration_id:
+            self.host.drop(guest, why)
 
-    def _dispatch(self, item: MigrationMessage | PeerLost) -> None:
+    def _abandon_chunk(self, chunk: TokenChunk) -> None:
+        if (shadow := self.home.shadows.get(chunk.stream_id)) is not None:
+            self.home.reclaim(shadow, "a defect while handling its tokens")
+
+    def _take(self, item: PeerMessage | TokenChunk | PeerLost, end: Callable[[], None]) -> None:
+        name = type(item).__name__
+        with self._faults.contained(name, end):
+            try:
+                self._dispatch(item)
+            except IllegalTransition:
+                raise  # a defect of ours, not an answer to anybody
+            except StarError as error:
+                logger.warning("STAR ignores %s: %s", name, error)
+
+    def _dispatch(self, item: PeerMessage | TokenChunk | PeerLost) -> None:
         """Give a message to whom it concerns.
 
         Raises:
             StarError: it asks for what cannot be done; anything else is a defect.
         """
-        if self.source.moves and isinstance(item, MigrationMessage):
-            self.source.proven(item)
+        if self.sender.moves and isinstance(item, MoveMessage | TokenChunk):
+            self.sender.proven(item)
         match item:
             case TokenChunk():
-                self.relay.on_chunk(item)
+                self.home.on_chunk(item)
             case PagesReady():
-                self._arrivals.on_pages(item)
+                self.target.on_pages(item)
             case Parked():
-                self._arrivals.on_parked(item)
+                self.target.on_parked(item)
             case PagesTaken():
-                self.source.on_taken(item)
+                self.sender.on_taken(item)
             case Heartbeat():
                 live = frozenset(item.live)
-                self.relay.on_live(item.sender, live)
-                self.guests.on_live(item.sender, live)
+                self.home.on_live(item.sender, live)
+                self.host.on_live(item.sender, live)
             case Reserve():
-                self._arrivals.on_reserve(item)
+                self.target.on_reserve(item)
             case Reserved():
-                self.source.on_reserved(item)
+                self.sender.on_reserved(item)
             case Refused():
-                self.source.on_refused(item)
+                self.sender.on_refused(item)
             case Commit():
-                self._arrivals.on_commit(item)
+                self.target.on_commit(item)
             case Inserted():
-                if item.migration_id in self.source.moves:
-                    self.source.on_inserted(item)
+                if item.migration_id in self.sender.moves:
+                    self.sender.on_inserted(item)
                 else:
-                    self.relay.on_inserted(item)
+                    self.home.on_inserted(item)
             case Release():
-                self.guests.on_release(item)
+                self.target.on_release(item)
+                self.host.on_release(item)
             case PeerLost():
                 logger.warning("STAR lost %s: %s", item.peer.instance_id, item.why)
-                self.source.on_lost(item.peer, item.why)
-                self.guests.on_lost(item.peer, item.why)
-                self.relay.on_lost(item.peer, item.why)
+                for party in (self.sender, self.target, self.host, self.home):
+                    party.on_lost(item.peer, item.why)
+
+
+def _nothing() -> None:
+    """A heartbeat or a loss is about no move in particular."""

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 
 from sglang_star.engine.verbs import Engine, Request
 from sglang_star.protocol import MoveFacts, MoveReport
-
-CLOCK = "_star_clock"
-"""Attribute of a Req that moves or has moved: its :class:`MoveClock`."""
+from sglang_star.star_request import star_of
 
 RECENT_S = 10.0
 KEPT = 256
@@ -44,11 +42,10 @@ class MoveLog:
 
     def clock(self, req: Request) -> MoveClock:
         """The request's clock, started now if it has none."""
-        found: MoveClock | None = getattr(req, CLOCK, None)
-        if found is None:
-            found = MoveClock(self._engine.now())
-            setattr(req, CLOCK, found)
-        return found
+        star = star_of(req)
+        if star.clock is None:
+            star.clock = MoveClock(self._engine.now())
+        return star.clock
 
     def add(self, report: MoveReport) -> None:
         """Keep one report."""
@@ -68,9 +65,8 @@ class MoveLog:
         ):
             pending.append((migration_id, target, facts))
 
-    def token(self, req: Request) -> None:
-        """A client of ours got new tokens of a request that has a clock."""
-        ticking: MoveClock = getattr(req, CLOCK)
+    def token(self, req: Request, ticking: MoveClock) -> None:
+        """A client of ours got new tokens of a request that has this clock."""
         now = self._engine.now()
         gap_s, ticking.last_token_at = now - ticking.last_token_at, now
         arrivals, ticking.arrivals = ticking.arrivals, []

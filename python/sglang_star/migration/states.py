@@ -1,13 +1,14 @@
-"""The migration state machine: enums and legal transitions, nothing else.
+"""The state machines of a move: enums and legal transitions, nothing else.
 
-A request's *stream* has one owner at any time. The source side of a move runs
-``RUNNING -> RESERVING -> COPYING -> PARKED -> COMMITTED`` and then hands over; the home keeps a
-``SHADOW`` until the stream ends; the target runs
-``RESERVED -> RECEIVING -> INSERTED -> RUNNING``. A request that is taken out of the batch before
-the target has answered is ``HELD`` meanwhile and goes from there to ``PARKED``. One whose move
-ends while it is out of the batch is ``RESUMING`` until its last step's result is in, and runs on.
-Every transition is fired by exactly one owner, named in ``OWNER``; anything not in the tables is a
-defect and raises.
+Three parties take part, and each owns one machine of a stream:
+
+* the **sender** is where the request decodes and leaves: :class:`Sending`;
+* the **target** is where it comes: :class:`Receiving` until it decodes there, and from then on, if
+  the stream is another's, that of its **host**: :class:`Hosting`;
+* the **home** is where the client is connected: :class:`Lent` while the stream is elsewhere.
+
+A machine begins in the first state of its enum and ends in a state that the table does not leave.
+Anything that is not in the table is a defect and raises.
 """
 
 from __future__ import annotations
@@ -18,141 +19,155 @@ from typing import Final, Generic, TypeVar
 from sglang_star.errors import IllegalTransition
 
 
-class Home(enum.Enum):
-    """States of a request on the instance that decodes it and may send it away."""
+class Sending(enum.Enum):
+    """An outgoing move; owned by :mod:`sglang_star.migration.sender`.
 
-    RUNNING = "running"
+    The request decodes while it is ``RESERVING`` or ``COPYING``. It is ``HELD`` if it left the
+    batch before the target had answered, ``PARKED`` once its last KV may go, ``COMMITTED`` once
+    everything is sent. One whose move ends while it is out of the batch is ``RESUMING`` until its
+    last step's result is in.
+    """
+
     RESERVING = "reserving"
     COPYING = "copying"
     HELD = "held"
     PARKED = "parked"
     COMMITTED = "committed"
     RESUMING = "resuming"
-    SHADOW = "shadow"
-    HANDED_OVER = "handed_over"
+    HANDED_OVER = "handed over"
+    CANCELLED = "cancelled"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+
+
+class SendingEvent(enum.Enum):
+    """What moves a :class:`Sending` machine; ``PARK`` is the request leaving the batch."""
+
+    RESERVED = "reserved"
+    PARK = "park"
+    COMMIT = "commit"
+    INSERTED = "inserted"
+    CANCEL = "cancel"
+    RESUME = "resume"
+    FINISH = "finish"
+    ABORT = "abort"
+
+
+class Receiving(enum.Enum):
+    """An incoming move; owned by :mod:`sglang_star.migration.target`.
+
+    ``REBUILDING`` until the engine has made a request of the message, ``COMMITTED`` while home
+    still lacks tokens of an earlier host.
+    """
+
+    REBUILDING = "rebuilding"
+    RESERVED = "reserved"
+    RECEIVING = "receiving"
+    COMMITTED = "committed"
+    INSERTED = "inserted"
+    CANCELLED = "cancelled"
+
+
+class ReceivingEvent(enum.Enum):
+    """What moves a :class:`Receiving` machine."""
+
+    SEAT = "seat"
+    PAGES = "pages"
+    COMMIT = "commit"
+    JOIN = "join"
+    CANCEL = "cancel"
+
+
+class Hosting(enum.Enum):
+    """A guest; owned by :mod:`sglang_star.migration.host`.
+
+    ``DROPPED`` while the engine still has to end it and nobody wants its tokens.
+    """
+
+    RUNNING = "running"
+    DROPPED = "dropped"
+    FINISHED = "finished"
+    MOVED_ON = "moved on"
+
+
+class HostingEvent(enum.Enum):
+    """What moves a :class:`Hosting` machine."""
+
+    DROP = "drop"
+    FINISH = "finish"
+    MOVE_ON = "move on"
+
+
+class Lent(enum.Enum):
+    """A stream of ours that decodes elsewhere; owned by :mod:`sglang_star.migration.home`."""
+
+    AWAY = "away"
+    RETURNED = "returned"
     FINISHED = "finished"
     ABORTED = "aborted"
     RECLAIMED = "reclaimed"
 
 
-class HomeEvent(enum.Enum):
-    """What moves a :class:`Home` machine; ``PARK`` is the request leaving the batch."""
+class LentEvent(enum.Enum):
+    """What moves a :class:`Lent` machine."""
 
-    ORDER = "order"
-    RESERVED = "reserved"
-    PARK = "park"
-    COMMIT = "commit"
-    INSERTED_OWN = "inserted, stream is ours"
-    INSERTED_GUEST = "inserted, stream belongs to another home"
-    CANCEL = "cancel"
-    RESUME = "resume"
-    RETURN = "returned home"
+    RETURN = "return"
     FINISH = "finish"
     ABORT = "abort"
     RECLAIM = "reclaim"
 
 
-class Target(enum.Enum):
-    """States of a guest on the instance that receives it."""
-
-    RESERVED = "reserved"
-    RECEIVING = "receiving"
-    INSERTED = "inserted"
-    RUNNING = "running"
-    FINISHED = "finished"
-    ABORTED = "aborted"
-    CANCELLED = "cancelled"
-    MOVED_ON = "moved_on"
-
-
-class TargetEvent(enum.Enum):
-    """What moves a :class:`Target` machine."""
-
-    PAGES = "pages"
-    COMMIT = "commit"
-    DECODED = "decoded"
-    FINISH = "finish"
-    ABORT = "abort"
-    CANCEL = "cancel"
-    MOVE_ON = "move on"
-
-
-_H, _E = Home, HomeEvent
-OFF_BATCH: Final = frozenset({_H.HELD, _H.PARKED, _H.COMMITTED, _H.RESUMING})
+_S, _E = Sending, SendingEvent
+ON_BATCH: Final = frozenset({_S.RESERVING, _S.COPYING})
+OFF_BATCH: Final = frozenset({_S.HELD, _S.PARKED, _S.COMMITTED, _S.RESUMING})
 """States in which the request does not decode, and its KV is still held where it was."""
 
-HOME_TRANSITIONS: Final[dict[tuple[Home, HomeEvent], Home]] = {
-    (_H.RUNNING, _E.ORDER): _H.RESERVING,
-    (_H.RESERVING, _E.RESERVED): _H.COPYING,
-    (_H.RESERVING, _E.PARK): _H.HELD,
-    (_H.HELD, _E.RESERVED): _H.PARKED,
-    (_H.COPYING, _E.PARK): _H.PARKED,
-    (_H.PARKED, _E.COMMIT): _H.COMMITTED,
-    (_H.COMMITTED, _E.INSERTED_OWN): _H.SHADOW,
-    (_H.COMMITTED, _E.INSERTED_GUEST): _H.HANDED_OVER,
-    (_H.SHADOW, _E.RETURN): _H.RUNNING,
-    (_H.SHADOW, _E.FINISH): _H.FINISHED,
-    (_H.SHADOW, _E.ABORT): _H.ABORTED,
-    (_H.SHADOW, _E.RECLAIM): _H.RECLAIMED,
-    (_H.RESUMING, _E.RESUME): _H.RUNNING,
-    **{(state, _E.CANCEL): _H.RUNNING for state in (_H.RESERVING, _H.COPYING)},
-    **{(state, _E.CANCEL): _H.RESUMING for state in OFF_BATCH - {_H.RESUMING}},
+SENDING: Final[dict[tuple[Sending, SendingEvent], Sending]] = {
+    (_S.RESERVING, _E.RESERVED): _S.COPYING,
+    (_S.RESERVING, _E.PARK): _S.HELD,
+    (_S.HELD, _E.RESERVED): _S.PARKED,
+    (_S.COPYING, _E.PARK): _S.PARKED,
+    (_S.PARKED, _E.COMMIT): _S.COMMITTED,
+    (_S.COMMITTED, _E.INSERTED): _S.HANDED_OVER,
+    (_S.RESUMING, _E.RESUME): _S.CANCELLED,
+    **{(state, _E.CANCEL): _S.CANCELLED for state in ON_BATCH},
+    **{(state, _E.CANCEL): _S.RESUMING for state in OFF_BATCH - {_S.RESUMING}},
     # The step in flight when a request leaves the batch may be its last; after the commit none is.
+    **{(state, _E.FINISH): _S.FINISHED for state in (ON_BATCH | OFF_BATCH) - {_S.COMMITTED}},
+    **{(state, _E.ABORT): _S.ABORTED for state in OFF_BATCH},
+}
+
+_R, _F = Receiving, ReceivingEvent
+RECEIVING: Final[dict[tuple[Receiving, ReceivingEvent], Receiving]] = {
+    (_R.REBUILDING, _F.SEAT): _R.RESERVED,
+    (_R.RESERVED, _F.PAGES): _R.RECEIVING,
+    (_R.RECEIVING, _F.PAGES): _R.RECEIVING,
+    (_R.RECEIVING, _F.COMMIT): _R.COMMITTED,
+    (_R.COMMITTED, _F.JOIN): _R.INSERTED,
     **{
-        (state, _E.FINISH): _H.FINISHED
-        for state in (_H.RUNNING, _H.RESERVING, _H.COPYING, _H.HELD, _H.PARKED, _H.RESUMING)
-    },
-    **{
-        (state, _E.ABORT): _H.ABORTED
-        for state in OFF_BATCH | {_H.RUNNING, _H.RESERVING, _H.COPYING}
+        (state, _F.CANCEL): _R.CANCELLED
+        for state in (_R.REBUILDING, _R.RESERVED, _R.RECEIVING, _R.COMMITTED)
     },
 }
 
-_T, _F = Target, TargetEvent
-TARGET_TRANSITIONS: Final[dict[tuple[Target, TargetEvent], Target]] = {
-    (_T.RESERVED, _F.PAGES): _T.RECEIVING,
-    (_T.RECEIVING, _F.PAGES): _T.RECEIVING,
-    (_T.RECEIVING, _F.COMMIT): _T.INSERTED,
-    (_T.INSERTED, _F.DECODED): _T.RUNNING,
-    (_T.RUNNING, _F.DECODED): _T.RUNNING,
-    **{(state, _F.MOVE_ON): _T.MOVED_ON for state in (_T.INSERTED, _T.RUNNING)},
-    **{(state, _F.FINISH): _T.FINISHED for state in (_T.INSERTED, _T.RUNNING)},
-    **{
-        (state, _F.ABORT): _T.ABORTED
-        for state in (_T.RESERVED, _T.RECEIVING, _T.INSERTED, _T.RUNNING)
-    },
-    **{
-        (state, _F.CANCEL): _T.CANCELLED
-        for state in (_T.RESERVED, _T.RECEIVING, _T.INSERTED, _T.RUNNING)
-    },
+_H, _G = Hosting, HostingEvent
+HOSTING: Final[dict[tuple[Hosting, HostingEvent], Hosting]] = {
+    (_H.RUNNING, _G.DROP): _H.DROPPED,
+    (_H.RUNNING, _G.FINISH): _H.FINISHED,
+    (_H.DROPPED, _G.FINISH): _H.FINISHED,
+    (_H.RUNNING, _G.MOVE_ON): _H.MOVED_ON,
 }
 
-OWNER: Final[dict[Home | Target, str]] = {
-    _H.RUNNING: "scheduler",
-    _H.RESERVING: "source",
-    _H.COPYING: "source",
-    _H.HELD: "source",
-    _H.PARKED: "source",
-    _H.COMMITTED: "source",
-    _H.RESUMING: "source",
-    _H.SHADOW: "relay",
-    _H.HANDED_OVER: "nobody",
-    _H.FINISHED: "nobody",
-    _H.ABORTED: "nobody",
-    _H.RECLAIMED: "scheduler",
-    _T.RESERVED: "arrival",
-    _T.RECEIVING: "arrival",
-    _T.INSERTED: "outflow",
-    _T.RUNNING: "outflow",
-    _T.FINISHED: "nobody",
-    _T.ABORTED: "nobody",
-    _T.CANCELLED: "nobody",
-    _T.MOVED_ON: "nobody",
+_L, _M = Lent, LentEvent
+LENT: Final[dict[tuple[Lent, LentEvent], Lent]] = {
+    (_L.AWAY, _M.RETURN): _L.RETURNED,
+    (_L.AWAY, _M.FINISH): _L.FINISHED,
+    (_L.AWAY, _M.ABORT): _L.ABORTED,
+    (_L.AWAY, _M.RECLAIM): _L.RECLAIMED,
 }
-"""The module whose code fires the events of this state; ``guests`` cancels and aborts besides."""
 
-State = TypeVar("State", Home, Target)
-Event = TypeVar("Event", HomeEvent, TargetEvent)
+State = TypeVar("State", Sending, Receiving, Hosting, Lent)
+Event = TypeVar("Event", SendingEvent, ReceivingEvent, HostingEvent, LentEvent)
 
 
 class Machine(Generic[State, Event]):
@@ -181,11 +196,21 @@ class Machine(Generic[State, Event]):
         return (self.state, event) in self._table
 
 
-def home_machine() -> Machine[Home, HomeEvent]:
-    """A machine for a request that runs here."""
-    return Machine(Home.RUNNING, HOME_TRANSITIONS)
+def sending() -> Machine[Sending, SendingEvent]:
+    """The machine of a move that was just ordered."""
+    return Machine(Sending.RESERVING, SENDING)
 
 
-def target_machine() -> Machine[Target, TargetEvent]:
-    """A machine for a guest whose reservation was just granted."""
-    return Machine(Target.RESERVED, TARGET_TRANSITIONS)
+def receiving() -> Machine[Receiving, ReceivingEvent]:
+    """The machine of a move that was just granted."""
+    return Machine(Receiving.REBUILDING, RECEIVING)
+
+
+def hosting() -> Machine[Hosting, HostingEvent]:
+    """The machine of a guest that was just inserted."""
+    return Machine(Hosting.RUNNING, HOSTING)
+
+
+def lent() -> Machine[Lent, LentEvent]:
+    """The machine of a stream that was just handed over."""
+    return Machine(Lent.AWAY, LENT)

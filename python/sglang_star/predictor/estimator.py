@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from sglang_star.predictor import state
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.head import Head
 from sglang_star.predictor.state import Fusion
+from sglang_star.star_request import star_of
 
 
 class Estimator:
-    """Sets ``req._star_estimate``: remaining tokens at ``protocol.QUANTILE_LEVELS``.
+    """Sets ``star_of(req).estimate``: remaining tokens at ``protocol.QUANTILE_LEVELS``.
 
     Attributes:
         fallbacks: estimates that came from the by-age table, because what the head was given or
@@ -49,7 +49,7 @@ class Estimator:
         room = np.maximum(features[:, 2] - features[:, 0], 0.0)
         # Ascending by construction; the limit keeps the order.
         for req, values in zip(grown, np.clip(estimates, 0.0, room[:, None]).tolist(), strict=True):
-            setattr(req, state.ESTIMATE, tuple(values))
+            star_of(req).estimate = tuple(values)
 
     def _estimate(self, now: Array, reqs: Sequence[Any], features: Array) -> Array:
         sound = np.asarray(np.isfinite(now).all(axis=1))
@@ -75,11 +75,11 @@ def fuse(req: Any, row: Array, tokens: int) -> Fusion:
 
     The one that gave the first output token is prefill's, which a decode instance never sees.
     """
-    fusion: Fusion | None = getattr(req, state.ATTRIBUTE, None)
+    star = star_of(req)
+    fusion = star.fusion
     # A guest may bring the memory of another head: start again rather than mix the two.
     if fusion is None or fusion.total.shape != row.shape:
-        fusion = Fusion(len(row))
-        setattr(req, state.ATTRIBUTE, fusion)
+        fusion = star.fusion = Fusion(len(row))
     if tokens > 1:
         fusion.add(row)
     return fusion

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from sglang_star.predictor.samples import Array, RequestRecord, ShardWriter
+from sglang_star.star_request import star_of
 
 INTERVAL: Final = 20
 """Output tokens between two samples of a request, as in the paper."""
@@ -20,7 +21,7 @@ FLUSH_S: Final = 60.0
 _HALF_MAX: Final = float(np.finfo(np.float16).max)
 
 
-class _Track:
+class Track:
     """What has been seen of one running request."""
 
     __slots__ = ("hidden", "pooled", "seen", "sum", "tokens")
@@ -65,11 +66,12 @@ class Recorder:
             self._flushed_at = time.monotonic()
 
     def _see(self, req: Any, row: Array, tokens: int) -> None:
-        track: _Track | None = getattr(req, "_star_track", None)
+        star = star_of(req)
+        track = star.track
         if track is None:
             if tokens != 1:
                 return  # seen from the middle on: its pooled states would be wrong
-            track = req._star_track = _Track()
+            track = star.track = Track()
         track.sum = track.sum + row
         track.seen += 1
         if (tokens - 1) % self._interval == 0:
@@ -79,10 +81,11 @@ class Recorder:
             track.sum, track.seen = 0.0, 0
 
     def _finish(self, req: Any) -> None:
-        track: _Track | None = getattr(req, "_star_track", None)
+        star = star_of(req)
+        track = star.track
         if track is None or not track.tokens:
             return
-        del req._star_track
+        star.track = None
         reason = req.finished_reason.to_json()["type"]
         output = req.output_ids[: req.finished_len] if req.finished_len else req.output_ids
         self._writer.add(

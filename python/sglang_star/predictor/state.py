@@ -15,9 +15,8 @@ import numpy as np
 from sglang_star.errors import MalformedMessage
 from sglang_star.predictor.echo import Echo
 from sglang_star.predictor.hazard import Array
+from sglang_star.star_request import star_of
 
-ATTRIBUTE: Final = "_star_fusion"
-ESTIMATE: Final = "_star_estimate"
 MAX_WIDTH: Final = 4096
 
 
@@ -67,7 +66,8 @@ _decoder = msgspec.msgpack.Decoder(_Wire)
 
 def export_state(req: Any) -> bytes:
     """Serialise the fusion of an SGLang request; empty if nothing was fused yet."""
-    fusion: Fusion | None = getattr(req, ATTRIBUTE, None)
+    star = star_of(req)
+    fusion = star.fusion
     if fusion is None or not fusion.steps:
         return b""
     return _encoder.encode(
@@ -75,7 +75,7 @@ def export_state(req: Any) -> bytes:
             fusion.steps,
             fusion.recent.astype("<f4").tobytes(),
             fusion.total.astype("<f4").tobytes(),
-            getattr(req, ESTIMATE, ()),
+            star.estimate,
         )
     )
 
@@ -101,5 +101,5 @@ def import_state(req: Any, data: bytes) -> None:
     fusion = Fusion(len(total))
     fusion.recent, fusion.total = recent.astype(np.float32), total.astype(np.float32)
     fusion.steps = wire.steps
-    setattr(req, ATTRIBUTE, fusion)
-    setattr(req, ESTIMATE, wire.estimate)
+    star = star_of(req)
+    star.fusion, star.estimate = fusion, wire.estimate

@@ -15,13 +15,13 @@ _TIMES: Final = "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats"
 _GRAMMAR: Final = "sglang.srt.constrained.base_grammar_backend.BaseGrammarObject"
 
 _CODEC: Final = "engine.codec"
-_TOKENS: Final = "migration.arrival engine.batch migration.outflow migration.relay status"
+_TOKENS: Final = "migration.target engine.batch migration.host migration.home status"
 _PINS: Final = "a request that uses it cannot move"
 
 ROWS: Final[tuple[Row, ...]] = (
     Class(
         _REQ,
-        "a request; what we keep of it are attributes whose names begin with _star",
+        "a request; what we keep of it is one attribute, _star",
         "engine.batch engine.codec",
     ),
     Attribute(_REQ + ".rid", "its name here; a guest's begins with star-guest-", "status orders"),
@@ -43,7 +43,7 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Attribute(_REQ + ".grammar", "its state is repeated at a target", "engine.real"),
     # The end of a request.
-    Function(_REQ + ".finished", "whether it is over", "migration.source status orders"),
+    Function(_REQ + ".finished", "whether it is over", "migration.sender status orders"),
     Attribute(
         _REQ + ".finished_reason",
         "how it ended; we set it for a shadow",
@@ -128,7 +128,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Field(_LOG + ".output_token_ids_logprobs_val", "a guest's go home", _CODEC),
     Field(_LOG + ".output_token_ids_logprobs_idx", "a guest's go home", _CODEC),
     # Sampling.
-    Field(_PARAMS + ".max_new_tokens", "the limit SGLang worked out at home", "migration.arrival"),
+    Field(_PARAMS + ".max_new_tokens", "the limit SGLang worked out at home", "migration.target"),
     Field(_PARAMS + ".n", "parallel samples need rooms of their own", "rooms"),
     Field(_PARAMS + ".beam_width", "beam search cannot move", _CODEC),
     Field(_PARAMS + ".watermark", _PINS, _CODEC),
@@ -148,5 +148,5 @@ ROWS: Final[tuple[Row, ...]] = (
         "engine.real",
         takes="token",
     ),
-    Attribute(_GRAMMAR + ".finished", "as SGLang sets it with each token", "migration.relay"),
+    Attribute(_GRAMMAR + ".finished", "as SGLang sets it with each token", "migration.home"),
 )

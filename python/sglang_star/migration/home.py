@@ -1,8 +1,13 @@
-"""The home's side after a move: shadows of requests that decode elsewhere.
+"""The home of a stream: shadows of requests that decode elsewhere.
 
-A shadow keeps SGLang's own ``Req``: relayed tokens are appended to it exactly as if they had been
-decoded here and leave through SGLang's ordinary output path, so that nothing above the scheduler
-notices where they came from.
+A shadow keeps SGLang's own ``Req``: tokens that come home are appended to it exactly as if they had
+been decoded here and leave through SGLang's ordinary output path, so that nothing above the
+scheduler notices where they came from.
+
+A stream has one writer, and home decides who that is. It serves the client from one epoch, the move
+by which the present host got the stream. It takes up a later one when it hears of it, unless the
+client already has tokens that the later host does not know of: then the earlier host had given that
+move up. What any other host says beyond what the present one came with is dropped.
 """
 
 from __future__ import annotations
@@ -18,17 +23,14 @@ from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import MalformedMessage
 from sglang_star.migration.post import Post
 from sglang_star.migration.report import MoveLog
-from sglang_star.migration.states import Home, HomeEvent, Machine
-from sglang_star.protocol import Inserted, MoveReport, Peer, Release, TokenChunk
+from sglang_star.migration.states import Lent, LentEvent, Machine, lent
+from sglang_star.protocol import Inserted, MoveReport, Peer, Release, Route, TokenChunk
+from sglang_star.star_request import star_of
 
 logger = logging.getLogger(__name__)
 
-ESTIMATE = "_star_estimate"
-"""Attribute of a Req: remaining output tokens at ``QUANTILE_LEVELS``."""
-MOVES = "_star_moves"
-"""Attribute of a Req: how many times it has moved."""
-ARRIVED = "_star_arrived"
-"""Attribute of a Req that moved here: how many output tokens it came with."""
+MAX_EARLY = 1024
+"""Chunks kept of a stream while one before them is missing; then it counts as lost."""
 
 
 @dataclass(slots=True)
@@ -36,29 +38,33 @@ class Shadow:
     """A request of ours that decodes at ``host``.
 
     Attributes:
+        migration_id: the epoch that its client is served from.
+        base: output tokens that ``host`` came with; later ones are from nobody else.
         confirmed_at: when the host last said that it holds the stream.
         early: chunks that overtook another host's last ones, by index; gap_since: when the first
             of them came.
-        base: output tokens that ``host`` came with; later ones are from nobody else.
     """
 
     req: Request
     stream_id: str
     migration_id: str
     host: Peer
-    machine: Machine[Home, HomeEvent]
     confirmed_at: float
+    base: int
     early: dict[int, TokenChunk] = field(default_factory=dict)
     gap_since: float = 0.0
-    base: int = 0
+    machine: Machine[Lent, LentEvent] = field(default_factory=lent)
 
 
-class Relay:
+class Home:
     """All shadows of this instance.
 
     Args:
         over: told the stream, and why, before a shadow ends or its request is recomputed: nothing
             of it need come home any more, and what has holds KV of the same request.
+
+    Attributes:
+        shadows: by stream id.
     """
 
     def __init__(
@@ -81,14 +87,21 @@ class Relay:
 
     # ------------------------------------------------------------------ a stream leaves, returns
 
-    def adopt(self, shadow: Shadow, message: Inserted) -> None:
+    def lend(self, req: Request, message: Inserted) -> None:
         """The request just left this instance; its KV is already given back."""
-        self.shadows[shadow.stream_id] = shadow
-        self._arrived(shadow.req, message)
+        self.shadows[message.stream_id] = Shadow(
+            req=req,
+            stream_id=message.stream_id,
+            migration_id=message.migration_id,
+            host=message.host,
+            confirmed_at=self._engine.now(),
+            base=len(req.output_ids),
+        )
+        self._arrived(req, message)
 
     def returned(self, shadow: Shadow, message: Inserted) -> None:
         """The request decodes here again."""
-        shadow.machine.fire(HomeEvent.RETURN)
+        shadow.machine.fire(LentEvent.RETURN)
         del self.shadows[shadow.stream_id]
         self._arrived(shadow.req, message)
 
@@ -100,7 +113,7 @@ class Relay:
             self._release(message.stream_id, message.migration_id, message.host, "stream is over")
             return
         # What a former host says may come after what a later one says.
-        if message.moves > getattr(shadow.req, MOVES, 0):
+        if message.moves > star_of(shadow.req).moves:
             req = shadow.req
             have = len(req.output_ids)
             base = message.facts.context_tokens + 1 - (self._engine.tokens(req) - have)
@@ -121,27 +134,32 @@ class Relay:
         shadow = self.shadows.get(chunk.stream_id)
         if shadow is None:
             return
-        if chunk.migration_id != shadow.migration_id and chunk.index >= shadow.base:
+        if chunk.migration_id != shadow.migration_id and (
+            chunk.finished or chunk.index + len(chunk.token_ids) > shadow.base
+        ):
             return  # of a host that has given the stream away, or that we do not know of
         have = len(shadow.req.output_ids)
         if chunk.index > have:
-            if not shadow.early:
-                shadow.gap_since = self._engine.now()
-            shadow.early[chunk.index] = chunk
+            self._keep(shadow, chunk)
             return
         if chunk.index < have and not (
             chunk.finished and chunk.index + len(chunk.token_ids) == have
         ):
             return
         self._append(shadow, chunk)
-        # A chunk of a former host may reach past some that came early.
-        have = len(shadow.req.output_ids)
-        for index in [index for index in shadow.early if index < have]:
-            del shadow.early[index]
         shadow.gap_since = self._engine.now()
         following = shadow.early.pop(len(shadow.req.output_ids), None)
         if following is not None:
             self.on_chunk(following)
+
+    def _keep(self, shadow: Shadow, chunk: TokenChunk) -> None:
+        """Keep a chunk until those before it have come."""
+        if not shadow.early:
+            shadow.gap_since = self._engine.now()
+        if len(shadow.early) < MAX_EARLY:
+            shadow.early[chunk.index] = chunk
+        else:
+            self.reclaim(shadow, "tokens of it were lost on their way")
 
     def flush(self) -> None:
         """Send what arrived in this tick to the clients."""
@@ -155,16 +173,16 @@ class Relay:
         # What can be malformed is read before anything is appended.
         reason = _reason(chunk.finished)
         self._engine.append(req, chunk.token_ids, chunk.details)
-        setattr(req, ESTIMATE, chunk.remaining)
+        star_of(req).estimate = chunk.remaining
         if req.finished():
             reason = None  # it saw the end itself, and why
         if reason is not None or req.finished():
-            self._end(shadow, HomeEvent.FINISH, reason)
+            self._end(shadow, LentEvent.FINISH, reason)
             if not chunk.finished:
                 self._release(shadow.stream_id, shadow.migration_id, shadow.host, "finished")
         self._fresh[req.rid] = req
 
-    def _end(self, shadow: Shadow, event: HomeEvent, reason: dict[str, Any] | None) -> None:
+    def _end(self, shadow: Shadow, event: LentEvent, reason: dict[str, Any] | None) -> None:
         shadow.machine.fire(event)
         self._over(shadow.stream_id, "the stream has ended at home")
         self._engine.end(shadow.req, reason)
@@ -175,7 +193,7 @@ class Relay:
     def abort(self, wanted: Callable[[Request], bool], reason: dict[str, Any]) -> None:
         """End every shadow that ``wanted`` names, here and at its host."""
         for shadow in [s for s in self.shadows.values() if wanted(s.req)]:
-            self._end(shadow, HomeEvent.ABORT, reason)
+            self._end(shadow, LentEvent.ABORT, reason)
             self._release(shadow.stream_id, shadow.migration_id, shadow.host, "aborted")
             self._fresh[shadow.req.rid] = shadow.req
         self.flush()
@@ -183,9 +201,7 @@ class Relay:
     def on_live(self, peer: Peer, live: frozenset[str]) -> None:
         """A host told which streams it holds; reclaim what it has not held for too long."""
         now = self._engine.now()
-        for shadow in list(self.shadows.values()):
-            if shadow.host != peer:
-                continue
+        for shadow in [s for s in self.shadows.values() if s.host == peer]:
             if shadow.early and now - shadow.gap_since > self._timeout_s:
                 self.reclaim(shadow, "tokens of it were lost on their way")
             elif shadow.stream_id in live:
@@ -208,7 +224,7 @@ class Relay:
             len(req.output_ids),
             why,
         )
-        shadow.machine.fire(HomeEvent.RECLAIM)
+        shadow.machine.fire(LentEvent.RECLAIM)
         self._over(shadow.stream_id, "home recomputes the stream")
         del self.shadows[shadow.stream_id]
         self._release(shadow.stream_id, shadow.migration_id, shadow.host, "reclaimed")
@@ -228,19 +244,12 @@ class Relay:
         self._engine.requeue(req)
 
     def _release(self, stream_id: str, migration_id: str, host: Peer, reason: str) -> None:
-        self._post.send(
-            host,
-            Release(
-                migration_id=migration_id,
-                stream_id=stream_id,
-                sender_incarnation=self._post.peer.incarnation,
-                receiver_incarnation=host.incarnation,
-                reason=reason,
-            ),
-        )
+        route = Route(migration_id=migration_id, stream_id=stream_id, receiver=host.incarnation)
+        self._post.send(host, Release(route=route, reason=reason))
 
     def _arrived(self, req: Request, message: Inserted) -> None:
-        setattr(req, MOVES, max(message.moves, getattr(req, MOVES, 0)))
+        star = star_of(req)
+        star.moves = max(message.moves, star.moves)
         self._log.arrived(req, message.migration_id, message.host.instance_id, message.facts)
 
 

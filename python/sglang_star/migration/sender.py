@@ -1,4 +1,4 @@
-"""The sending side of a move: reserve, pre-copy while decoding, park, commit, hand over.
+"""The sender of a move: reserve, pre-copy while decoding, park, commit, hand over.
 
 A request that is held leaves the batch before its copy has caught up, or before the target has
 even answered; what was not copied by then is copied while it does not decode. A move that fails at
@@ -17,22 +17,24 @@ from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import NotMovable, OrderRefused, PeerError
 from sglang_star.faults import Faults
 from sglang_star.migration.cargo import Cargo
-from sglang_star.migration.move import SLOTS, Move
+from sglang_star.migration.home import Home
+from sglang_star.migration.outgoing import SLOTS, Outgoing
 from sglang_star.migration.post import Post
-from sglang_star.migration.relay import MOVES, Relay, Shadow
 from sglang_star.migration.report import MoveLog
-from sglang_star.migration.states import Home, HomeEvent
+from sglang_star.migration.states import Sending, SendingEvent
 from sglang_star.migration.transport import carrier as carrier_named
 from sglang_star.protocol import (
     Inserted,
-    MigrationMessage,
+    MoveMessage,
     PagesTaken,
     Peer,
     Refused,
     Release,
     Reserve,
     Reserved,
+    TokenChunk,
 )
+from sglang_star.star_request import star_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +46,7 @@ MIN_OUTPUT_TOKENS = 2
 """A request moves only once it decodes steadily: SGLang's overlap treats the first steps apart."""
 
 
-class Source:
+class Sender:
     """All outgoing moves of this instance.
 
     Attributes:
@@ -55,20 +57,20 @@ class Source:
         self,
         engine: Engine,
         post: Post,
-        relay: Relay,
+        home: Home,
         log: MoveLog,
         config: StarConfig,
         fingerprint: str,
-        handed_over: Callable[[str], None],
+        moved_on: Callable[[str], None],
     ) -> None:
-        self.moves: dict[str, Move] = {}
+        self.moves: dict[str, Outgoing] = {}
         self._engine = engine
         self._post = post
-        self._relay = relay
+        self._home = home
         self._log = log
         self._config = config
         self._fingerprint = fingerprint
-        self._handed_over = handed_over
+        self._moved_on = moved_on
         self._streams = 0
         self._cargo = Cargo(engine, post)
 
@@ -85,7 +87,7 @@ class Source:
         guest_of: tuple[str, Peer] | None = None,
         hold_after: int | None = None,
         migration_id: str = "",
-    ) -> Move:
+    ) -> Outgoing:
         """Begin a move; it goes on by itself at every tick.
 
         Args:
@@ -111,7 +113,7 @@ class Source:
         except PeerError as error:
             raise OrderRefused(error.message, hint=error.hint) from error
         stream_id, home = guest_of or (self._new_stream(), self._post.peer)
-        move = Move(
+        move = Outgoing(
             migration_id=migration_id or self._engine.new_id(),
             stream_id=stream_id,
             req=req,
@@ -130,11 +132,10 @@ class Source:
         )
         request, prompt = self._engine.describe(req)
         self.moves[move.migration_id] = move
-        move.machine.fire(HomeEvent.ORDER)
         self._log.clock(req)
         self._send(
             Reserve(
-                **move.address,
+                route=move.route,
                 source=self._post.peer,
                 home=home,
                 fingerprint=self._fingerprint,
@@ -143,7 +144,7 @@ class Source:
                 prompt_ids=prompt,
                 context_tokens=self._engine.tokens(req),
                 max_new_tokens=self._engine.max_new_tokens(req),
-                moves=getattr(req, MOVES, 0),
+                moves=star_of(req).moves,
                 reason=reason,
                 transport=self._config.transport,
                 transport_setup=carrier.setup,
@@ -188,12 +189,12 @@ class Source:
             with faults.contained("a move", partial(self.abandon, move, "a defect at its source")):
                 budget -= self._step(move, budget)
 
-    def _step(self, move: Move, budget: int) -> int:
+    def _step(self, move: Outgoing, budget: int) -> int:
         """Take one move as far as it goes now; return how many tokens were copied."""
         state = move.machine.state
         if move.req.finished():
             self._finished(move)
-        elif state is Home.RESUMING:
+        elif state is Sending.RESUMING:
             self._resume(move)
         elif self._engine.now() > move.deadline:
             self.cancel(move, "failed", "deadline passed")
@@ -205,24 +206,24 @@ class Source:
             return self._advance(move, budget)
         return 0
 
-    def _advance(self, move: Move, budget: int) -> int:
+    def _advance(self, move: Outgoing, budget: int) -> int:
         """Copy, park and commit as far as it goes now; return how many tokens were copied."""
         copied = 0
-        if move.machine.state is Home.COPYING:
+        if move.machine.state is Sending.COPYING:
             copied = self._cargo.load(move, budget)
             move.precopied = move.sent
             if self._cargo.nearly_all(move) and len(move.free_slots) >= SLOTS - 1:
                 self._park(move)
         if move.held and not move.off_batch:
             self._park(move)
-        if move.machine.state is Home.PARKED:
+        if move.machine.state is Sending.PARKED:
             copied += self._cargo.load(move, budget - copied)
             self._cargo.seal(move)
         return copied
 
-    def _park(self, move: Move) -> None:
+    def _park(self, move: Outgoing) -> None:
         """Take the request out of the batch; its step in flight still counts."""
-        move.machine.fire(HomeEvent.PARK)
+        move.machine.fire(SendingEvent.PARK)
         self._engine.park(move.req)
 
     # ------------------------------------------------------------------ answers
@@ -230,8 +231,8 @@ class Source:
     def on_reserved(self, message: Reserved) -> None:
         """The target holds a slot and has the carrier open."""
         move = self.moves.get(message.migration_id)
-        if move is not None and move.machine.allows(HomeEvent.RESERVED):
-            move.machine.fire(HomeEvent.RESERVED)
+        if move is not None and move.machine.allows(SendingEvent.RESERVED):
+            move.machine.fire(SendingEvent.RESERVED)
             move.carrier.connected()
 
     def on_taken(self, message: PagesTaken) -> None:
@@ -245,36 +246,25 @@ class Source:
     def on_refused(self, message: Refused) -> None:
         """The target holds nothing: the request goes on here."""
         move = self.moves.get(message.migration_id)
-        if move is not None and move.machine.allows(HomeEvent.CANCEL):
+        if move is not None and move.machine.allows(SendingEvent.CANCEL):
             detail = f"{message.error_type}: {message.message}"
             self.cancel(move, "refused", detail, tell=False)
 
     def on_inserted(self, message: Inserted) -> None:
         """The request decodes at the target: give its KV back, keep a shadow if it is ours."""
         move = self.moves.get(message.migration_id)
-        if move is None or move.machine.state is not Home.COMMITTED:
+        if move is None or move.machine.state is not Sending.COMMITTED:
             return
         del self.moves[move.migration_id]
         self._engine.release(move.req, keep_prefix=True)
         move.carrier.close()
+        move.machine.fire(SendingEvent.INSERTED)
         if move.home == self._post.peer:
-            move.machine.fire(HomeEvent.INSERTED_OWN)
-            self._relay.adopt(
-                Shadow(
-                    req=move.req,
-                    stream_id=move.stream_id,
-                    migration_id=move.migration_id,
-                    host=move.target,
-                    machine=move.machine,
-                    confirmed_at=self._engine.now(),
-                ),
-                message,
-            )
+            self._home.lend(move.req, message)
         else:
-            move.machine.fire(HomeEvent.INSERTED_GUEST)
-            self._handed_over(move.stream_id)
+            self._moved_on(move.stream_id)
 
-    def proven(self, message: MigrationMessage) -> None:
+    def proven(self, message: MoveMessage | TokenChunk) -> None:
         """Take a later move's message for the ``Inserted`` of ours that is still on its way.
 
         A target that hands the request on at once, and the host after it, may be heard sooner
@@ -285,74 +275,74 @@ class Source:
                 message.stream_id == move.stream_id
                 and message.migration_id != move.migration_id
                 and move.home == self._post.peer
-                and move.machine.state is Home.COMMITTED
+                and move.machine.state is Sending.COMMITTED
             ):
                 self.on_inserted(
                     Inserted(
-                        **move.address,
+                        route=move.route,
                         host=move.target,
                         facts=move.facts(),
-                        moves=getattr(move.req, MOVES, 0) + 1,
+                        moves=star_of(move.req).moves + 1,
                     )
                 )
 
     def on_lost(self, peer: Peer, why: str) -> None:
         """A target is gone: its moves end, the requests go on here."""
         for move in [m for m in self.moves.values() if m.target == peer]:
-            if move.machine.allows(HomeEvent.CANCEL):
+            if move.machine.allows(SendingEvent.CANCEL):
                 # It may be slow and not dead: then it need not keep the place it has for us.
                 self.cancel(move, "failed", f"target {peer.instance_id}: {why}")
 
     # ------------------------------------------------------------------ endings
 
-    def cancel(self, move: Move, outcome: str, detail: str, *, tell: bool = True) -> None:
+    def cancel(self, move: Outgoing, outcome: str, detail: str, *, tell: bool = True) -> None:
         """End a move; the request goes on decoding here, from the next step boundary at the latest.
 
         Raises:
             IllegalTransition: the move has ended already.
         """
-        move.machine.fire(HomeEvent.CANCEL)
-        resuming = move.machine.state is Home.RESUMING
+        move.machine.fire(SendingEvent.CANCEL)
+        resuming = move.machine.state is Sending.RESUMING
         if not resuming:
             del self.moves[move.migration_id]
         self._close(move, outcome, detail, tell=tell)
         if resuming:
             self._resume(move)
 
-    def abandon(self, move: Move, detail: str) -> None:
+    def abandon(self, move: Outgoing, detail: str) -> None:
         """End a move after a defect, unless it is ending already; the request goes on here."""
-        if move.migration_id in self.moves and move.machine.allows(HomeEvent.CANCEL):
+        if move.migration_id in self.moves and move.machine.allows(SendingEvent.CANCEL):
             self.cancel(move, "failed", detail)
 
-    def abort(self, move: Move, detail: str) -> None:
+    def abort(self, move: Outgoing, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
-        closed = move.machine.state is Home.RESUMING
-        move.machine.fire(HomeEvent.ABORT)
+        closed = move.machine.state is Sending.RESUMING
+        move.machine.fire(SendingEvent.ABORT)
         del self.moves[move.migration_id]
         if not closed:
             self._close(move, "cancelled", detail)
         self._engine.release(move.req, keep_prefix=True)
 
-    def _finished(self, move: Move) -> None:
+    def _finished(self, move: Outgoing) -> None:
         """The request ended here, with the step that was in flight or while it decoded."""
-        closed = move.machine.state is Home.RESUMING
-        move.machine.fire(HomeEvent.FINISH)
+        closed = move.machine.state is Sending.RESUMING
+        move.machine.fire(SendingEvent.FINISH)
         del self.moves[move.migration_id]
         if not closed:
             self._close(move, "cancelled", "the request finished first")
 
-    def _resume(self, move: Move) -> None:
+    def _resume(self, move: Outgoing) -> None:
         """Put the request back into the batch, unless its last step's result is still to come."""
         if self._engine.is_settled(move.req):
-            move.machine.fire(HomeEvent.RESUME)
+            move.machine.fire(SendingEvent.RESUME)
             del self.moves[move.migration_id]
             self._engine.unpark(move.req)
 
-    def _close(self, move: Move, outcome: str, detail: str, *, tell: bool = True) -> None:
+    def _close(self, move: Outgoing, outcome: str, detail: str, *, tell: bool = True) -> None:
         """Tell target and log how the move ended."""
         move.carrier.close()
         if tell:
-            self._send(Release(**move.address, reason=detail), move)
+            self._send(Release(route=move.route, reason=detail), move)
         context = self._engine.tokens(move.req)
         self._log.add(move.failed(outcome, detail, context, self._engine.wall()))
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
@@ -370,5 +360,5 @@ class Source:
         peer = self._post.peer
         return f"{peer.instance_id}/{peer.incarnation}/{self._streams}"
 
-    def _send(self, message: MigrationMessage, move: Move) -> None:
+    def _send(self, message: MoveMessage, move: Outgoing) -> None:
         self._post.send(move.target, message)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from sglang_star.engine.verbs import Request
-from sglang_star.migration.states import OFF_BATCH, Home, HomeEvent, Machine, home_machine
+from sglang_star.migration.states import OFF_BATCH, Machine, Sending, SendingEvent, sending
 from sglang_star.migration.transport.base import Carrier
-from sglang_star.protocol import MoveFacts, MoveReport, Peer
+from sglang_star.protocol import MoveFacts, MoveReport, Peer, Route
 
 SLOTS = 4
 """Pieces of a carrier: one is filled while others are on their way or being emptied."""
 
 
 @dataclass(slots=True)
-class Move:
+class Outgoing:
     """One outgoing move.
 
     Attributes:
@@ -46,7 +45,7 @@ class Move:
     started_at: float
     hold_at: int | None = None
     announced: bool = False
-    machine: Machine[Home, HomeEvent] = field(default_factory=home_machine)
+    machine: Machine[Sending, SendingEvent] = field(default_factory=sending)
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
     filled: dict[int, int] = field(default_factory=dict)
     sent: int = 0
@@ -63,14 +62,13 @@ class Move:
         return self.hold_at is not None and len(self.req.output_ids) >= self.hold_at
 
     @property
-    def address(self) -> dict[str, Any]:
-        """The fields that every message to the target begins with."""
-        return {
-            "migration_id": self.migration_id,
-            "stream_id": self.stream_id,
-            "sender_incarnation": self.source.incarnation,
-            "receiver_incarnation": self.target.incarnation,
-        }
+    def route(self) -> Route:
+        """Address of every message to the target."""
+        return Route(
+            migration_id=self.migration_id,
+            stream_id=self.stream_id,
+            receiver=self.target.incarnation,
+        )
 
     def facts(self) -> MoveFacts:
         """What the home cannot know, for its report of a move that came to pass."""

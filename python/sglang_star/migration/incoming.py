@@ -1,0 +1,61 @@
+"""One incoming move, until its request decodes here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_star.engine.verbs import Request
+from sglang_star.migration.home import Shadow
+from sglang_star.migration.states import Machine, Receiving, ReceivingEvent, receiving
+from sglang_star.migration.transport.base import Carrier
+from sglang_star.protocol import Commit, Peer, Reserve, Route
+
+
+@dataclass(slots=True, kw_only=True)
+class Incoming:
+    """A move that comes here.
+
+    Attributes:
+        rid: what the request is called here.
+        deadline: monotonic seconds.
+        due: until when its commit is expected any moment, monotonic seconds.
+        req: None until SGLang has rebuilt it (a grammar may still compile).
+        commit: the one that has come.
+    """
+
+    reserve: Reserve
+    rid: str
+    carrier: Carrier
+    deadline: float
+    due: float = 0.0
+    req: Request | None = None
+    commit: Commit | None = None
+    machine: Machine[Receiving, ReceivingEvent] = field(default_factory=receiving)
+
+    @property
+    def stream_id(self) -> str:
+        """See :class:`Route`."""
+        return self.reserve.stream_id
+
+    @property
+    def migration_id(self) -> str:
+        """See :class:`Route`."""
+        return self.reserve.migration_id
+
+    def route(self, to: Peer) -> Route:
+        """Address of a message about this move."""
+        return Route(
+            migration_id=self.migration_id, stream_id=self.stream_id, receiver=to.incarnation
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Newcomer(Incoming):
+    """A request of another home, which becomes a guest."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Homecoming(Incoming):
+    """A request of ours that comes back; its tokens are here already, but for the last ones."""
+
+    shadow: Shadow
