@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import re
 import shlex
@@ -220,3 +221,32 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         if not path.exists() or (anchor and anchor not in anchors(path)):
             dead.append(target)
     assert not dead
+
+
+# --------------------------------------------------------------------------- names in the code
+
+
+def names_of(path: Path) -> set[str]:
+    """Functions, classes and methods of a module, dotted."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            found.add(node.name)
+            found |= {
+                f"{node.name}.{part.name}"
+                for part in node.body
+                if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+    return found
+
+
+def test_the_way_of_a_request_leads_through_code_that_is_there() -> None:
+    text = (ROOT / "docs/a-request.md").read_text()
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    assert len(named) > 40
+    for file, name in named:
+        places = [ROOT / "router/sglang_star_router" / file, ROOT / "python/sglang_star" / file]
+        known = [names_of(path) for path in places if path.exists()]
+        assert any(name in names for names in known), f"{file}:{name}"
