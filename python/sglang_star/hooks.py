@@ -140,6 +140,13 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         Scope.SCHEDULER,
+        _S + "pause_generation",
+        "around",
+        _SCHED + "pause_generation",
+        "a pause that computes all KV again takes that of moves, which SGLang does not know of",
+    ),
+    Hook(
+        Scope.SCHEDULER,
         _S + "send_abort_output",
         "around",
         _SCHED + "send_abort_output",

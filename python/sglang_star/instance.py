@@ -197,6 +197,10 @@ class Instance:
         """An abort of SGLang's, for requests that it does not find in its batch."""
         self._mover.abort(wanted, reason)
 
+    def recomputing(self, recompute: Callable[[], None]) -> None:
+        """A pause of SGLang's that gives all KV back, carried out by ``recompute``."""
+        self._mover.recomputing(recompute)
+
     def overdue(self, started_before: float) -> list[str]:
         """Rids of shadows whose forward started before that ``time.perf_counter()``."""
         return [

@@ -312,6 +312,7 @@ class Reserve(MoveMessage, frozen=True):
         client_rid: the rid the client's instance knows; for telemetry and orders.
         request: the original tokenized request, msgpack, without prompt and pickled fields.
         prompt_ids: the prompt's token ids, little-endian int64.
+        weights: version of the source's weights; KV of others is of no use to a target.
         context_tokens: prompt plus output tokens at the time of asking.
         max_new_tokens: the limit in force at home, after its own clamping.
         moves: moves of this request so far.
@@ -325,6 +326,7 @@ class Reserve(MoveMessage, frozen=True):
     client_rid: str
     request: bytes
     prompt_ids: bytes
+    weights: str
     context_tokens: int
     max_new_tokens: int
     moves: int
@@ -385,12 +387,14 @@ class Commit(MoveMessage, frozen=True):
     """The request is parked at the source and everything the target still lacks is here.
 
     Attributes:
+        weights: see :class:`Reserve`; they may have changed since.
         committed_tokens: KV positions copied in all = prompt + output - 1.
         output_ids: all output tokens so far.
         penalty_log: token ids its sampling penalties have accumulated so far, in order.
         predictor: fused predictor state, opaque to the protocol.
     """
 
+    weights: str
     committed_tokens: int
     output_ids: tuple[int, ...]
     penalty_log: tuple[int, ...]

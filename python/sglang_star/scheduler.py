@@ -102,6 +102,16 @@ def abort_request(scheduler: Any, recv_req: Any) -> None:
     getattr(scheduler, _INSTANCE).abort(wanted, reason)
 
 
+def pause_generation(original: Any, scheduler: Any, recv_req: Any) -> None:
+    """AROUND ``Scheduler.pause_generation``."""
+    pause_req = recv_req
+    if pause_req.mode == "retract":
+        star = getattr(scheduler, _INSTANCE)
+        star.recomputing(lambda: original(scheduler, pause_req))
+    else:
+        original(scheduler, pause_req)
+
+
 def send_abort_output(original: Any, scheduler: Any, abort_req: Any, req: Any) -> None:
     """AROUND ``Scheduler.send_abort_output``."""
     star = getattr(scheduler, _INSTANCE)

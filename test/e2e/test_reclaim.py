@@ -236,6 +236,38 @@ def test_penalties_survive_a_retraction_into_host_memory(pair: Cluster) -> None:
     asyncio.run(scenario())
 
 
+def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: Cluster) -> None:
+    """As trainers do it: pause, change the weights, flush, go on; here while a request moves."""
+
+    async def scenario() -> None:
+        async with Fleet.connect(pair) as fleet:
+            await fleet.settle()
+            home, target = fleet.engines
+            processes = family(fleet.engines[target])
+            async with everything_at(fleet, home):
+                [stream] = streams_of(fleet, CASES[:1])
+                await stream.until(Endless.REST)
+            with frozen(processes):
+                # It leaves the batch at once, and its target does not answer.
+                code, order = await fleet.order(stream.rid, home, target, hold_after=0)
+                assert code == 202, order
+                async with paused(fleet, home, "retract"):
+                    await call(fleet, home, "/flush_cache")
+                    await call(fleet, home, "/update_weight_version", new_version="later")
+                    outcome = await fleet.report(order["migration_id"])
+                    assert outcome["outcome"] == "cancelled", outcome
+            # Now their weights differ: KV of one is of no use to the other.
+            code, order = await fleet.order(stream.rid, home, target)
+            assert code == 202, order
+            outcome = await fleet.report(order["migration_id"])
+            assert outcome["outcome"] == "refused", outcome
+            assert "weights" in outcome["detail"]
+            await call(fleet, home, "/update_weight_version", new_version="default")
+            await equal_their_twins(fleet, [stream])
+
+    asyncio.run(scenario())
+
+
 def test_penalties_survive_a_retraction(cluster: Cluster) -> None:
     """SGLang's own, of everything at once: KV is computed again, here or by the prefill side."""
 

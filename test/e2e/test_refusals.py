@@ -167,6 +167,7 @@ def stranger(here: Peer, incarnation: int) -> Reserve:
         client_rid="x",
         request=b"",
         prompt_ids=b"",
+        weights="default",
         context_tokens=1,
         max_new_tokens=1,
         moves=0,

@@ -56,6 +56,7 @@ def scheduler() -> Any:
             num_reserved_decode_tokens=RESERVED,
         ),
         max_running_requests=64,
+        _engine_paused=False,
         req_to_token_pool=SimpleNamespace(free_slots=[1]),
     )
 
@@ -78,6 +79,7 @@ def engine_of(scheduler: Any, free: int) -> Any:
     engine._scheduler = scheduler
     engine.pages = SimpleNamespace(capacity=CAPACITY, free=free)  # type: ignore[assignment]
     engine.unsupported = ""
+    engine.weights = lambda: "default"  # type: ignore[method-assign]
     return engine
 
 
@@ -128,7 +130,9 @@ def check(scheduler: Any, free: int, reason: str = "overflow", *arriving: Any) -
         "f",
     )
     made.moves = arriving_moves(*arriving)
-    message = SimpleNamespace(fingerprint="f", context_tokens=1000, reason=reason)
+    message = SimpleNamespace(
+        fingerprint="f", weights="default", context_tokens=1000, reason=reason
+    )
     made._check(message)
 
 

@@ -69,6 +69,12 @@ class FakeEngine:
     def new_id(self) -> str:
         return f"{self._node.name}{self._node.peer.incarnation}.{next(self._ids)}"
 
+    def weights(self) -> str:
+        return "default"
+
+    def is_paused(self) -> bool:
+        return self._node.paused
+
     # ------------------------------------------------------------------ room
 
     def free_tokens(self) -> int:

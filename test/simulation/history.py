@@ -316,10 +316,13 @@ class History:
         def now() -> None:
             node.paused = True
             if retract:
-                while node.engine.in_flight:
-                    node.engine.result()
-                for req in [r for r in node.engine.batch if not r.finished()]:
-                    node.engine.retract(req)
+                node.mover.recomputing(recompute)
+
+        def recompute() -> None:
+            while node.engine.in_flight:
+                node.engine.result()
+            for req in [r for r in node.engine.batch if not r.finished()]:
+                node.engine.retract(req)
 
         def go_on() -> None:
             node.paused = False

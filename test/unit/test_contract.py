@@ -44,6 +44,7 @@ _CONFIG = "sglang.srt.configs.model_config.ModelConfig"
 
 EVERYWHERE = {
     "req": _REQ,
+    "pause_req": _MANAGERS + "io_struct.PauseGenerationReqInput",
     "scheduler": _SCHEDULER,
     "_scheduler": _SCHEDULER,
     "batch": _BATCH,

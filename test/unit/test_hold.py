@@ -101,6 +101,9 @@ class Engine:
     def state(self, req: Any) -> tuple[tuple[int, ...], bytes]:
         return (), b""
 
+    def weights(self) -> str:
+        return "default"
+
     def gather(self, req: Any, start: int, end: int, slot: Any) -> None:
         pass
 

@@ -100,6 +100,7 @@ class AtHome:
             wall=time.time,
             tokens=lambda req: 3 + len(req.output_ids),
             release=lambda req, **_: None,
+            weights=lambda: "default",
             join=lambda *args: self.joined.append(args),
         )
         self.log = MoveLog(self.engine)
@@ -203,6 +204,7 @@ def returning() -> SimpleNamespace:
         client_rid="r",
         request=b"",
         prompt_ids=b"",
+        weights="default",
         context_tokens=7,
         max_new_tokens=9,
         moves=2,
@@ -236,6 +238,7 @@ def returning() -> SimpleNamespace:
 def commit(*tokens: int) -> Commit:
     return Commit(
         route=route("to-a"),
+        weights="default",
         committed_tokens=3 + len(tokens) - 1,
         output_ids=tokens,
         penalty_log=(),

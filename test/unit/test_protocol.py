@@ -31,6 +31,7 @@ MESSAGES = [
     protocol.PagesReady(route=ROUTE, start=0, end=16, slot=2),
     protocol.Commit(
         route=ROUTE,
+        weights="default",
         committed_tokens=10,
         output_ids=(1, 2),
         penalty_log=(1,),

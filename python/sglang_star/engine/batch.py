@@ -108,6 +108,9 @@ def requeue(scheduler: Scheduler, req: Req) -> None:
             req.pd_rebootstrap_forced_output_id = req.output_ids.pop()
         req.pd_rebootstrap_in_progress = True
         req.time_stats.set_retract_time()
-        scheduler.disagg_decode_prealloc_queue.add(req, is_rebootstrap=True)
+        if scheduler._engine_paused:
+            scheduler.disagg_decode_prealloc_queue.hold_rebootstrap(req)
+        else:
+            scheduler.disagg_decode_prealloc_queue.add(req, is_rebootstrap=True)
     else:
         scheduler._add_request_to_queue(req, is_retracted=True)

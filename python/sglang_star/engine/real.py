@@ -12,6 +12,7 @@ import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.runtime_context import get_serving
 
 from sglang_star.engine import batch, codec
 from sglang_star.engine.pages import KvPages
@@ -52,6 +53,14 @@ class SglangEngine:
     def new_id(self) -> str:
         """128 random bits, in hexadecimal."""
         return uuid.uuid4().hex
+
+    def weights(self) -> str:
+        """See :class:`Engine`."""
+        return str(get_serving().weight_version)
+
+    def is_paused(self) -> bool:
+        """See :class:`Engine`."""
+        return self._scheduler._engine_paused
 
     # ------------------------------------------------------------------ room
 

@@ -51,6 +51,12 @@ class Engine(Protocol):
     def new_id(self) -> str:
         """A name that nobody else has or can guess."""
 
+    def weights(self) -> str:
+        """Version of the model's weights; KV of one is of no use to another."""
+
+    def is_paused(self) -> bool:
+        """Whether no step is made, by order."""
+
     # ------------------------------------------------------------------ room
 
     def free_tokens(self) -> int:

@@ -57,6 +57,7 @@ class Cargo:
         self._send(
             Commit(
                 route=move.route,
+                weights=self._engine.weights(),
                 committed_tokens=length,
                 output_ids=tuple(req.output_ids),
                 penalty_log=penalty_log,

@@ -159,6 +159,15 @@ class Mover:
                 self._engine.end(move.req, reason)
                 self._engine.emit([move.req])
 
+    def recomputing(self, recompute: Callable[[], None]) -> None:
+        """The engine gives all KV back, to compute it again, when ``recompute`` is called."""
+        with self._faults.contained("moves before a pause"):
+            self.sender.make_way()
+            self.target.make_way()
+        recompute()
+        with self._faults.contained("moves after a pause"):
+            self.sender.recompute()
+
     # ------------------------------------------------------------------ small things
 
     def _divert(self, req: Request) -> None:

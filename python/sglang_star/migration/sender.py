@@ -142,6 +142,7 @@ class Sender:
                 client_rid=client_rid,
                 request=request,
                 prompt_ids=prompt,
+                weights=self._engine.weights(),
                 context_tokens=self._engine.tokens(req),
                 max_new_tokens=self._engine.max_new_tokens(req),
                 moves=star_of(req).moves,
@@ -308,6 +309,21 @@ class Sender:
         self._close(move, outcome, detail, tell=tell)
         if resuming:
             self._resume(move)
+
+    def make_way(self) -> None:
+        """The engine is about to give all KV back and compute it again: so for those that move."""
+        for move in list(self.moves.values()):
+            if move.machine.allows(SendingEvent.CANCEL):
+                self.cancel(move, "cancelled", "the engine is paused and computes all KV again")
+
+    def recompute(self) -> None:
+        """It has done so. What could not be put back in time has KV that it did not know of."""
+        for move in list(self.moves.values()):
+            if move.machine.state is Sending.RESUMING and not move.req.finished():
+                move.machine.fire(SendingEvent.RESUME)
+                del self.moves[move.migration_id]
+                self._engine.release(move.req, keep_prefix=False)
+                self._engine.requeue(move.req)
 
     def abandon(self, move: Outgoing, detail: str) -> None:
         """End a move after a defect, unless it is ending already; the request goes on here."""

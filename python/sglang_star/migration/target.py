@@ -119,6 +119,9 @@ class Target:
                 "another model, dtype, page size, parallelism or release runs here",
                 hint="compare star.fingerprint in both instances' /server_info",
             )
+        self._check_weights(message.weights)
+        if engine.is_paused():
+            raise OrderRefused("this instance is paused")
         if self.draining:
             raise OrderRefused("this instance is draining")
         if len(self.moves) + len(self._host.by_stream) >= self._config.max_guests:
@@ -148,6 +151,14 @@ class Target:
                 self._rebuilding.discard(move.rid)
         if move.req is None and move.rid not in self._rebuilding:
             raise OrderRefused("the target's SGLang does not accept the request")
+
+    def _check_weights(self, theirs: str) -> None:
+        ours = self._engine.weights()
+        if theirs != ours:
+            raise OrderRefused(
+                f"KV of weights {theirs!r} is of no use here, where they are {ours!r}",
+                hint="update the weights of all instances",
+            )
 
     def rebuilt(self, req: Request) -> bool:
         """The engine is about to queue ``req``; keep it if we asked for it.
@@ -242,6 +253,7 @@ class Target:
         req = move.req
         assert req is not None, "pages came for a request that is not there"
         try:
+            self._check_weights(commit.weights)
             match move:
                 case Homecoming() if len(req.output_ids) < len(commit.output_ids):
                     return  # the last tokens of an earlier host may come after its successor's
@@ -291,6 +303,11 @@ class Target:
         """The source gives the move up, or home the stream."""
         if (move := self._of(message.route)) is not None:
             self._drop(move, message.reason)
+
+    def make_way(self) -> None:
+        """The engine is about to give all KV back and compute it again."""
+        for move in list(self.moves.values()):
+            self.refuse(move, OrderRefused("this instance is paused and computes all KV again"))
 
     def stay_away(self, stream_id: str, why: str) -> None:
         """A stream of ours is over, or goes on without the host that is sending it home."""

@@ -27,6 +27,12 @@ ROWS: Final[tuple[Row, ...]] = (
         "engine.batch",
         takes="req, *, is_rebootstrap",
     ),
+    Function(
+        _PREALLOC + ".hold_rebootstrap",
+        "the same, once a pause is over",
+        "engine.batch",
+        takes="req",
+    ),
     Field("sglang.srt.disaggregation.decode.DecodeRequest.req", "the request in a queue", "status"),
     Attribute(
         "sglang.srt.disaggregation.decode.DecodeTransferQueue.queue",

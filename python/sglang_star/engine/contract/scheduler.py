@@ -13,6 +13,7 @@ _STREAMER: Final = _PARTS + ".output_streamer.SchedulerOutputStreamer"
 _RESULTS: Final = _PARTS + ".batch_result_processor.SchedulerBatchResultProcessor"
 _GRAMMARS: Final = "sglang.srt.constrained.grammar_manager.GrammarManager"
 _RESULT: Final = "sglang.srt.managers.utils.GenerationBatchResult"
+_PAUSE_REQ: Final = "sglang.srt.managers.io_struct.PauseGenerationReqInput"
 _ABORT_REQ: Final = "sglang.srt.managers.io_struct.AbortReq"
 
 ROWS: Final[tuple[Row, ...]] = (
@@ -25,6 +26,7 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Attribute(_S + ".enable_overlap", "a step is in flight at a boundary", "engine.batch"),
     Attribute(_S + ".tp_worker", "holds the model runner", "predictor.runner"),
+    Attribute(_S + "._engine_paused", "whether steps are made", "engine.real engine.batch"),
     Attribute(_S + ".max_running_requests", "most requests in a batch", "engine.real"),
     # The batch.
     Attribute(_S + ".running_batch", "requests leave it and join it", "engine.batch status"),
@@ -121,6 +123,7 @@ ROWS: Final[tuple[Row, ...]] = (
         "scheduler engine.real",
         takes="*, rid, abort_message",
     ),
+    Field(_PAUSE_REQ + ".mode", "whether a pause gives all KV back", "scheduler"),
     Field(_ABORT_REQ + ".rid", "abort matches by prefix", "scheduler"),
     Field(_ABORT_REQ + ".abort_all", "every request", "scheduler"),
     Field(_ABORT_REQ + ".abort_message", "given if the server aborts", "scheduler"),

@@ -59,6 +59,10 @@ ROWS: Final[tuple[Row, ...]] = (
     Field(
         _ARGS + ".enable_deterministic_inference", "as the demo's engines run", "demo.comparison"
     ),
+    Field(
+        _ARGS + ".weight_version", "the first version; get_serving() has the present", "engine.real"
+    ),
+    Function("sglang.srt.runtime_context.get_serving", "has the weights' version", "engine.real"),
     Field(_ARGS + ".num_reserved_decode_tokens", "a flag of the demo's engines", "demo.comparison"),
     Field(_ARGS + ".disaggregation_mode", "a flag of disaggregated engines", _LAYOUT),
     Field(_ARGS + ".disaggregation_transfer_backend", "a flag of disaggregated engines", _LAYOUT),
