@@ -211,6 +211,7 @@ def random_fleet(seed: int, instances: int, each: int) -> FleetSnapshot:
             age_s=np.zeros(instances),
             accepts=np.ones(instances, dtype=bool),
             draining=np.zeros(instances, dtype=bool),
+            group=none,
             moves_out=none,
             moves_in=none,
         ),

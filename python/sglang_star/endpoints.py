@@ -45,11 +45,23 @@ ORDER_TIMEOUT_S = 30.0
 RESOLVE_TIMEOUT_S = 5.0
 
 
+class PeerBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What a router knows of a target, so that nobody need ask it; a :class:`Peer` in JSON."""
+
+    instance_id: Annotated[str, msgspec.Meta(min_length=1)]
+    incarnation: int
+    address: Annotated[str, msgspec.Meta(pattern=r"^tcp://.+:\d+$")]
+
+
 class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of ``POST /star/migrate``; see :class:`~sglang_star.protocol.MigrateOrder`."""
+    """Body of ``POST /star/migrate``; see :class:`~sglang_star.protocol.MigrateOrder`.
+
+    Without ``peer`` the target is asked for it at its base URL ``target``.
+    """
 
     rid: Annotated[str, msgspec.Meta(min_length=1)]
     target: str
+    peer: PeerBody | None = None
     reason: str = "order"
     at_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     hold_after: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -63,9 +75,13 @@ class DisarmBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class DrainBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of ``POST /star/drain``; ``targets`` are base URLs, may be absent."""
+    """Body of ``POST /star/drain``; ``targets`` are base URLs, may be absent.
+
+    ``peers``, if given, has for each target what is known of it, or null.
+    """
 
     targets: list[str] = []
+    peers: list[PeerBody | None] = []
 
 
 class OrderClient:
@@ -143,7 +159,7 @@ class Endpoints:
     async def migrate(self, request: Request) -> Response:
         """Start a move, or arm one: 202 once accepted."""
         body = await _body(request, MigrateBody)
-        target = await self._resolve(body.target)
+        target = await self._peer(body.target, body.peer)
         payload = await self._orders.ask(
             lambda n: MigrateOrder(
                 order_id=n,
@@ -165,13 +181,35 @@ class Endpoints:
     async def drain(self, request: Request) -> Response:
         """Refuse guests and move everything movable to the targets."""
         body = await _body(request, DrainBody)
-        targets = tuple([await self._resolve(url) for url in body.targets])
+        if body.peers and len(body.peers) != len(body.targets):
+            raise MalformedMessage(
+                f"request body: {len(body.peers)} peers for {len(body.targets)} targets",
+                hint="give one, or null, for each target, or leave peers out",
+            )
+        peers = body.peers or [None] * len(body.targets)
+        known = zip(body.targets, peers, strict=True)
+        targets = tuple(await asyncio.gather(*(self._peer(url, peer) for url, peer in known)))
         payload = await self._orders.ask(lambda n: DrainOrder(order_id=n, targets=targets))
         return _json(payload, 202)
 
     async def undrain(self, request: Request) -> Response:
         """Accept work again."""
         return _json(await self._orders.ask(lambda n: UndrainOrder(order_id=n)))
+
+    async def _peer(self, url: str, known: PeerBody | None) -> Peer:
+        """Where the target receives moves: as the order says, else as the target itself says.
+
+        Raises:
+            PeerError: it has to be asked and cannot be reached.
+            OrderRefused: it cannot receive migrations.
+        """
+        if known is None:
+            return await self._resolve(url)
+        return Peer(
+            instance_id=known.instance_id,
+            incarnation=known.incarnation,
+            address=known.address,
+        )
 
     async def _resolve(self, url: str) -> Peer:
         """Ask an instance for its migration address.

@@ -1,4 +1,6 @@
-"""Everything STAR touches in SGLang: one table, applied and verified.
+"""Every function of SGLang that STAR wraps or replaces: one table, applied and verified.
+
+What it only calls or reads stands in :mod:`sglang_star.engine.contract`.
 
 SGLang logs and swallows what goes wrong in plugins, so after applying a set of rows we look for
 our function in each target and stop the process if one is missing: a STAR that is half installed

@@ -18,6 +18,7 @@ from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.links import Links, Order
 from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
+from sglang_star.migration.transport import sweep
 from sglang_star.orders import Orders
 from sglang_star.platform import device
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, Peer, PeerMessage
@@ -59,6 +60,8 @@ class Instance:
             heartbeat_s=config.heartbeat_s,
             timeout_s=config.peer_timeout_s,
         )
+        if left := sweep():
+            logger.info("STAR removed %d segments that killed engines had left", len(left))
         self._faults = Faults()
         self._timer = StepTimer()
         self._mover = Mover(engine, self._links, config, fingerprint, self._faults)

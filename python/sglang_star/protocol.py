@@ -9,7 +9,7 @@ Three conversations use this file:
 * instance -> router, ZMQ PUB/SUB: :class:`InstanceStatus`;
 * HTTP process -> scheduler of one instance, ZMQ over a private ipc socket: the ``*Order`` messages
   and their :class:`OrderReply`;
-* instance to instance, each PUSHes to the other's PULL socket: ``Reserve`` ... ``Heartbeat``.
+* between instances, ZMQ PUSH to the receiver's one PULL socket: ``Reserve`` ... ``Heartbeat``.
 """
 
 from __future__ import annotations
@@ -184,12 +184,6 @@ class Peer(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     instance_id: str
     incarnation: int
     address: str
-
-
-class DescribeOrder(Message, frozen=True):
-    """Ask the scheduler for its :class:`Advertisement`."""
-
-    order_id: int
 
 
 class StatusOrder(Message, frozen=True):
@@ -475,7 +469,6 @@ class Heartbeat(PeerMessage, frozen=True):
 
 AnyMessage = (
     InstanceStatus
-    | DescribeOrder
     | StatusOrder
     | MigrateOrder
     | DisarmOrder

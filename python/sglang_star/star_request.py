@@ -6,6 +6,7 @@ Whoever holds a request, SGLang's or the simulation's, finds the record by :func
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,8 @@ class StarRequest:
         penalty_log: token ids its penalties have accumulated, in order; None if it has none.
         nothing_in_flight: it joins the batch with no step of its own under way, so that its
             penalties lag no token.
+        known_output: of a request that arrives and has a grammar: its output when the move began.
+        grammar_taken: how many of these its grammar has taken in.
     """
 
     origin: Any = None
@@ -45,6 +48,8 @@ class StarRequest:
     track: Track | None = None
     penalty_log: array[int] | None = None
     nothing_in_flight: bool = False
+    known_output: Sequence[int] | None = None
+    grammar_taken: int = 0
 
 
 def star_of(req: Any) -> StarRequest:

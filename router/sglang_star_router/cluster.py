@@ -16,6 +16,7 @@ from enum import Enum
 from sglang_star.errors import ConfigError
 from sglang_star.protocol import Advertisement, InstanceStatus, MoveReport
 from sglang_star_router.config import Endpoint, Member
+from sglang_star_router.exchange import Obstacles
 from sglang_star_router.lengths import Lengths
 from sglang_star_router.policy.snapshot import RESERVE_EACH
 from sglang_star_router.table import RequestTable
@@ -112,6 +113,7 @@ class Cluster:
     Attributes:
         version: grows whenever a snapshot taken before would differ.
         lengths: what requests that have ended tell.
+        obstacles: between which instances no request can move.
     """
 
     def __init__(self, members: tuple[Member, ...], *, calibrate: bool = True) -> None:
@@ -123,6 +125,7 @@ class Cluster:
             )
         self.version = 0
         self.lengths = Lengths(calibrate=calibrate)
+        self.obstacles = Obstacles()
         self.on_move_report: Callable[[Instance, MoveReport], None] = _ignore_report
         self._settled_s: dict[str, float] = {}
         self._bytes_per_token = 4.0
@@ -161,6 +164,7 @@ class Cluster:
         Raises:
             ConfigError: its id is another instance's.
         """
+        name_before = instance.name
         if advertisement is not None:
             namesake = self.find(advertisement.instance_id)
             if namesake is not None and namesake is not instance:
@@ -180,7 +184,17 @@ class Cluster:
                 self._forget_status(instance)
         instance.advertisement = advertisement
         instance.described = True
+        self._compare(instance, name_before)
         self.changed()
+
+    def _compare(self, instance: Instance, name_before: str) -> None:
+        """Find out with which others it can exchange requests."""
+        known = instance.advertisement
+        if known is None or instance.name != name_before:
+            self.obstacles.forget(name_before)
+        if known is not None and instance.role != "prefill":
+            others = [(m.name, m.advertisement) for m in self.decoding() if m is not instance]
+            self.obstacles.update(instance.name, known, [(n, a) for n, a in others if a])
 
     def apply(self, instance: Instance, status: InstanceStatus) -> Verdict:
         """Take in a status, unless it is a duplicate, late, or from a ghost."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from typing import Any
 
 from sglang_star.errors import OrderRefused, PeerError, StarError, UnknownRequest
 from sglang_star_router.cluster import Cluster, Instance
@@ -51,7 +52,12 @@ class Mover:
                 source,
                 "POST",
                 "/star/migrate",
-                {"rid": migration.rid, "target": target.endpoint.url, "reason": migration.reason},
+                {
+                    "rid": migration.rid,
+                    "target": target.endpoint.url,
+                    "peer": peer_json(target),
+                    "reason": migration.reason,
+                },
             )
             if status != 202 or not isinstance(answer, dict) or "migration_id" not in answer:
                 raise _refusal(status, answer, source)
@@ -82,6 +88,12 @@ class Mover:
         if not target.healthy or target.draining:
             state = "draining" if target.draining else "not healthy"
             raise OrderRefused(f"{target.name} is {state}", hint="choose another target")
+        why = self._cluster.obstacles.between(source.name, target.name)
+        if why is not None:
+            raise OrderRefused(
+                f"no request can move between {source.name} and {target.name}: {why.text}",
+                hint="GET /star/cluster lists them under no_moves_with; choose another target",
+            )
         return source, target
 
 
@@ -201,6 +213,18 @@ class Rescheduler:
                 migration.rid, source.name, target.name, migration.reason,
                 migration.expected_gain, migration.migration_id,
             )  # fmt: skip
+
+
+def peer_json(target: Instance) -> dict[str, Any] | None:
+    """Where the target receives moves, so that the source need not ask it; None if unknown."""
+    known = target.advertisement
+    if known is None or not known.migration_address:
+        return None
+    return {
+        "instance_id": known.instance_id,
+        "incarnation": known.incarnation,
+        "address": known.migration_address,
+    }
 
 
 def _refusal(status: int, answer: object, source: Instance) -> StarError:

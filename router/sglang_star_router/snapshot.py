@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from sglang_star_router.cluster import Cluster, Instance
+from sglang_star_router.exchange import groups
 from sglang_star_router.policy.snapshot import FleetSnapshot, Instances, Placed, Requests
 
 MIN_AGE_S = 0.005
@@ -110,6 +111,7 @@ class Snapshots:
             age_s=ages,
             accepts=accepts,
             draining=np.array([m.draining for m in members], np.bool_),
+            group=groups([m.advertisement for m in members]),
             moves_out=np.array([out for out, _ in moves], np.int64),
             moves_in=np.array([into for _, into in moves], np.int64),
         )

@@ -15,7 +15,7 @@ from sglang_star_router.engine import EngineClient
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.policy.snapshot import MoveOrder
 from sglang_star_router.replies import json_reply, star_error
-from sglang_star_router.rescheduler import Mover
+from sglang_star_router.rescheduler import Mover, peer_json
 from sglang_star_router.telemetry import StatusFeed
 from sglang_star_router.views import cluster_json
 
@@ -111,18 +111,30 @@ class StarApi:
                 others = [
                     one for one in self._cluster.decoding()
                     if one is not instance and one.healthy and not one.draining
+                    and self._cluster.obstacles.between(instance.name, one.name) is None
                 ]  # fmt: skip
             else:
                 others = [self._instance(name) for name in named]
             if instance in others:
                 raise OrderRefused(f"{instance.name} cannot be drained to itself")
+            for one in others:
+                why = self._cluster.obstacles.between(instance.name, one.name)
+                if why is not None:
+                    raise OrderRefused(
+                        f"{instance.name} cannot be drained to {one.name}: {why.text}",
+                        hint="leave targets out: all that can take its requests are taken",
+                    )
             instance.held_back = True
             self._cluster.changed()
             answer: Any = None
             if instance.advertisement is not None:
-                targets = [one.endpoint.url for one in others if instance.role != "prefill"]
+                targets = others if instance.role != "prefill" else []
+                payload = {
+                    "targets": [one.endpoint.url for one in targets],
+                    "peers": [peer_json(one) for one in targets],
+                }
                 try:
-                    answer = await self._order(instance, "/star/drain", {"targets": targets})
+                    answer = await self._order(instance, "/star/drain", payload)
                 except StarError:
                     instance.held_back = False
                     self._cluster.changed()

@@ -18,7 +18,7 @@ from sglang_star_router.telemetry import StatusFeed
 
 
 def instance_json(
-    instance: Instance, ledger: Ledger, now: float, *, requests: bool
+    instance: Instance, cluster: Cluster, ledger: Ledger, now: float, *, requests: bool
 ) -> dict[str, Any]:
     """Return one instance as ``GET /star/cluster`` shows it."""
     status, advertisement = instance.status, instance.advertisement
@@ -38,6 +38,9 @@ def instance_json(
         "in_flight": len(instance.dispatches),
         "moves_out": moves_out,
         "moves_in": moves_in,
+        "no_moves_with": {
+            name: why.text for name, why in cluster.obstacles.of(instance.name).items()
+        },
         "status_age_s": None if status is None else round(instance.age_s(now), 3),
         "status": None,
     }
@@ -80,7 +83,9 @@ def cluster_json(
         "predictor_kept_corrected": cluster.lengths.band.kept_corrected,
         "statuses_received": feed.received,
         "statuses_dropped": sum(feed.dropped.values()),
-        "instances": [instance_json(one, ledger, now, requests=requests) for one in cluster],
+        "instances": [
+            instance_json(one, cluster, ledger, now, requests=requests) for one in cluster
+        ],
     }
 
 
@@ -147,6 +152,9 @@ def fleet_metrics(
                   ("outcome",))  # fmt: skip
     yield gauge("migrations_open", "Migrations under way.",
                 [("router", ledger.open_count)], "at")  # fmt: skip
+    yield gauge("pairs_without_moves", "Pairs of instances that cannot exchange requests.",
+                [(why, float(n)) for why, n in cluster.obstacles.counts().items()],
+                "reason")  # fmt: skip
     if rescheduler is not None:
         yield counter("rescheduler_rounds", "Decisions taken.", [((), rescheduler.rounds)], ())
         yield counter("orders_skipped", "Orders not sent because of the router's limits.",

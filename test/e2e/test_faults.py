@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import zmq
 
-from e2e.fleet import PROMPT_IDS, Fleet, new_rid
+from e2e.fleet import PROMPT_IDS, Fleet, new_rid, until
 from sglang_star.cluster import Cluster
 from sglang_star.migration.home import MAX_EARLY
 from sglang_star.protocol import TokenChunk, Tokens, encode
@@ -62,9 +62,13 @@ def test_a_message_that_breaks_its_handler_costs_its_stream_a_detour(cluster: Cl
                 await asyncio.to_thread(send, star["migration_address"], message)
                 # Home has it back, decoding from where the client's stream stands.
                 await fleet.faults(home, {"TokenChunk": 1})
-                name, request = await fleet.found(rid)
-                assert name == home
-                assert request["home"] == home
+
+                # The host has it, too, until its engine has ended it.
+                async def at_home() -> bool:
+                    name, request = await fleet.found(rid)
+                    return name == home and bool(request["home"] == home)
+
+                await until(at_home, "home decodes it")
                 for engine in fleet.engines:
                     if engine != home:
                         await fleet.faults(engine, {})

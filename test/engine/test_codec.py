@@ -65,6 +65,8 @@ def request(**changes: Any) -> Any:
             "return_indexer_topk": False,
             "return_sampling_mask": False,
             "kv": SimpleNamespace(holds_mamba=False),
+            "grammar": None,
+            "output_ids": array("q", [11, 12]),
             "is_dllm": lambda: False,
             **changes,
         }
@@ -73,7 +75,8 @@ def request(**changes: Any) -> Any:
 
 def test_round_trip_under_a_new_name() -> None:
     data, prompt = codec.encode_request(request())
-    rebuilt = codec.decode_request(data, prompt, "guest")
+    rebuilt, output = codec.decode_request(data, prompt, "guest")
+    assert not output, "it is sent when it is committed"
     assert rebuilt.rid == "guest"
     assert list(rebuilt.input_ids) == [5, 6, 7]
     assert rebuilt.sampling_params.top_k == 20
@@ -82,14 +85,28 @@ def test_round_trip_under_a_new_name() -> None:
     assert rebuilt.time_stats is None
 
 
+def test_output_travels_ahead_for_a_grammar() -> None:
+    data, prompt = codec.encode_request(request(grammar=object()))
+    assert list(codec.decode_request(data, prompt, "guest")[1]) == [11, 12]
+    data = msgspec.msgpack.encode(codec.Travelling(codec_message(), b"\0" * 9))
+    with pytest.raises(MalformedMessage):
+        codec.decode_request(data, prompt, "guest")
+
+
+def codec_message() -> bytes:
+    stripped = msgspec.structs.replace(message(), input_ids=None)
+    return msgspec.msgpack.encode(stripped)
+
+
 def test_what_could_carry_an_object_is_refused() -> None:
     for field, value in (
         ("custom_logit_processor", "cos\nsystem\n"),
         ("time_stats", io_struct.PickleWrapper(data=b"cos\nsystem\n(S'true'\ntR.")),
     ):
         stripped = msgspec.structs.replace(message(), input_ids=None, **{field: value})
+        data = msgspec.msgpack.encode(codec.Travelling(msgspec.msgpack.encode(stripped)))
         with pytest.raises(MalformedMessage):
-            codec.decode_request(msgspec.msgpack.encode(stripped), b"\0" * 8, "guest")
+            codec.decode_request(data, b"\0" * 8, "guest")
 
 
 @pytest.mark.parametrize(("data", "prompt"), [(b"noise", b"\0" * 8), (b"", b"\0" * 8)])

@@ -64,6 +64,8 @@ class FakeEngine:
     incarnation: int = 1
     reserve: int | None = None
     predictor: str = "off"
+    fingerprint: str = "f"
+    host_token: str = "h"
     version: int = PROTOCOL_VERSION
     chunks: list[bytes] = field(default_factory=lambda: [b'data: {"i":0}\n\n', b"data: [DONE]\n\n"])
     gate: asyncio.Event | None = None
@@ -86,6 +88,12 @@ class FakeEngine:
         self.url = f"http://127.0.0.1:{self.port}"
         self._sequence = itertools.count(1)
         self._moves = itertools.count(1)
+
+    @property
+    def peer(self) -> dict[str, Any]:
+        """What an order names it by."""
+        address = "tcp://127.0.0.1:1"
+        return {"instance_id": self.name, "incarnation": self.incarnation, "address": address}
 
     # -------------------------------------------------------------- life
 
@@ -180,9 +188,9 @@ class FakeEngine:
                 "incarnation": self.incarnation,
                 "role": self.role,
                 "status_address": f"tcp://127.0.0.1:{self.pub_port}",
-                "migration_address": "tcp://127.0.0.1:1",
-                "fingerprint": "f",
-                "host_token": "h",
+                "migration_address": self.peer["address"],
+                "fingerprint": self.fingerprint,
+                "host_token": self.host_token,
                 "predictor": self.predictor,
             }
         return web.json_response(info)

@@ -47,7 +47,8 @@ def test_order_is_sent_reported_and_explained():
             await running.publish(b, kv_used_tokens=1000)
             policy.script = always(order("r1", a, b))
             await eventually(lambda: a.orders)
-            assert a.orders == [("migrate", {"rid": "r1", "target": b.url, "reason": "test"})]
+            sent = {"rid": "r1", "target": b.url, "peer": b.peer, "reason": "test"}
+            assert a.orders == [("migrate", sent)]
             await eventually(lambda: history(running)[0].state == "accepted")
             # While it moves it is not movable, and the policy sees the move.
             await eventually(lambda: policy.snapshots[-1].instances.moves_out.tolist() == [1, 0])
@@ -243,6 +244,50 @@ def test_stale_instance_is_no_target():
     run(check())
 
 
+@pytest.mark.parametrize(
+    ("other", "reason", "words"),
+    [
+        ({"fingerprint": "another"}, "fingerprint", "model"),
+        ({"host_token": "elsewhere"}, "host", "share no memory"),
+        ({"host_token": ""}, "host", "share no memory"),
+    ],
+)
+def test_instances_that_cannot_exchange_requests_are_told_apart(other, reason, words, caplog):
+    async def check():
+        policy = Scripted()
+        a, b, c = FakeEngine(), FakeEngine(), FakeEngine(**other)
+        async with fleet(a, b, c, policies={"rescheduler_policy": policy}) as running:
+            await eventually(lambda: policy.snapshots)
+            first, second, third = policy.snapshots[-1].instances.group.tolist()
+            assert first == second != third
+            # Whatever a policy says: what cannot come about is not ordered.
+            policy.script = always(order("r1", a, c))
+            await eventually(lambda: running.router.rescheduler.skipped["endpoints"] >= 2)
+            assert a.orders == []
+            shown = orjson.loads((await running.get("/star/cluster"))[1])["instances"]
+            kept_apart = {row["name"]: row["no_moves_with"] for row in shown}
+            assert set(kept_apart[a.name]) == set(kept_apart[b.name]) == {c.name}
+            assert set(kept_apart[c.name]) == {a.name, b.name}
+            assert words in kept_apart[a.name][c.name]
+            text = (await running.get("/metrics"))[1].decode()
+            assert f'star_router_pairs_without_moves{{reason="{reason}"}} 2.0' in text
+            # Described again, and again: said once of each pair.
+            for engine in (a, b, c):
+                running.router.health.doubt(running.instance(engine))
+            instances = [running.instance(engine) for engine in (a, b, c)]
+            await eventually(lambda: all(one.described for one in instances))
+            said = [r.getMessage() for r in caplog.records if "no request can move" in r.msg]
+            assert sum(text.count(c.name) for text in said if a.name in text) == 1
+            assert sum(text.count(c.name) for text in said if b.name in text) == 1
+            # And drained to whom it can.
+            assert (await running.post("/star/drain", {"instance": a.name}))[0] == 200
+            assert a.orders == [("drain", {"targets": [b.url], "peers": [b.peer]})]
+            body = {"instance": b.name, "targets": [c.name]}
+            assert (await running.post("/star/drain", body))[0] == 409
+
+    run(check())
+
+
 # --------------------------------------------------------------------------- operators
 
 
@@ -255,6 +300,7 @@ def test_operator_moves_a_request():
             assert status == 202
             assert orjson.loads(body)["migration_id"] == f"{a.name}/1/1"
             assert a.orders[0][1]["target"] == b.url
+            assert a.orders[0][1]["peer"] == b.peer
             again = await running.post("/star/migrate", {"rid": "r1", "target": b.url})
             assert again[0] == 409
 
@@ -310,7 +356,8 @@ def test_drain_and_undrain():
                 await running.publish(engine)
             status, _ = await running.post("/star/drain", {"instance": a.name})
             assert status == 200
-            assert a.orders == [("drain", {"targets": [b.url, c.url]})]
+            expected = {"targets": [b.url, c.url], "peers": [b.peer, c.peer]}
+            assert a.orders == [("drain", expected)]
             for _ in range(4):
                 await running.post("/generate", {"text": "a"})
             assert a.requests == []

@@ -25,8 +25,13 @@ from sglang_star_router.policy.snapshot import Arrival, FleetSnapshot, Instances
 CAPACITY = 40_000
 
 
-def fleet(seed: int, instances: int, each: int, *, fill: float = 1.0) -> FleetSnapshot:
-    """A random fleet; ``fill`` scales how full it is. Some instances drain, refuse or queue."""
+def fleet(
+    seed: int, instances: int, each: int, *, fill: float = 1.0, groups: int = 1
+) -> FleetSnapshot:
+    """A random fleet; ``fill`` scales how full it is. Some instances drain, refuse or queue.
+
+    Moves are possible only within each of its ``groups``.
+    """
     rng = np.random.default_rng(seed)
     count = instances * each
     owner = rng.integers(0, instances, count)
@@ -52,6 +57,7 @@ def fleet(seed: int, instances: int, each: int, *, fill: float = 1.0) -> FleetSn
             age_s=np.zeros(instances),
             accepts=~draining & (rng.random(instances) > 0.1),
             draining=draining,
+            group=rng.integers(0, groups, instances),
             moves_out=(rng.random(instances) < 0.1).astype(np.int64),
             moves_in=none,
         ),
@@ -93,6 +99,7 @@ fleets = st.builds(
     st.integers(1, 9),
     st.integers(0, 20),
     fill=st.sampled_from([0.2, 0.6, 1.0]),
+    groups=st.integers(1, 3),
 )
 arrival = Arrival(rid="new", prompt_tokens=300, max_new_tokens=4096, arrived_s=1000.0)
 
@@ -116,6 +123,7 @@ def test_orders_respect_targets_slots_and_cooldown(snapshot: FleetSnapshot, name
         assert not reqs.queued[row]
         assert reqs.since_move_s[row] >= policy.params.cooldown_s
         assert inst.accepts[target]
+        assert inst.group[target] == inst.group[reqs.instance[row]]
         assert not inst.draining[target]
         assert inst.queued[target] == inst.retracted[target] == 0
         for end in (place[order.source], target):
@@ -189,6 +197,7 @@ def two_instances(
     remaining: float = 2000.0,
     capacity: int = CAPACITY,
     step_ms: tuple[float, float] = (25.0, 25.0),
+    group: tuple[int, int] = (0, 0),
 ) -> FleetSnapshot:
     """Instances a and b; each holds equal requests of 1,000 tokens that make up what it uses."""
     counts = [u // 1000 for u in used]
@@ -210,6 +219,7 @@ def two_instances(
             age_s=np.zeros(2),
             accepts=np.ones(2, dtype=bool),
             draining=np.zeros(2, dtype=bool),
+            group=np.array(group),
             moves_out=none,
             moves_in=none,
         ),
@@ -356,6 +366,12 @@ def test_empty_fleet_and_empty_instances(name: str) -> None:
     assert make_rescheduler(name).orders(nobody) == []
     for dispatch in DISPATCH_NAMES:
         assert make_dispatch(dispatch).place(nobody, arrival, 0).instance is None
+
+
+@pytest.mark.parametrize("name", RESCHEDULER_NAMES)
+def test_nothing_moves_between_instances_that_cannot_exchange_requests(name: str) -> None:
+    assert make_rescheduler(name).orders(two_instances((30_000, 5_000)))
+    assert make_rescheduler(name).orders(two_instances((30_000, 5_000), group=(0, 1))) == []
 
 
 def test_unknown_names_and_parameters_are_refused() -> None:

@@ -44,8 +44,9 @@ def test_closing_early_leaves_nothing_behind() -> None:
     [
         b"noise",
         msgspec.msgpack.encode(["../etc/passwd", 1, 64]),
-        msgspec.msgpack.encode(["star-" + "0" * 32, 1, 64]),
-        msgspec.msgpack.encode(["star-" + "0" * 32, -1, 64]),
+        msgspec.msgpack.encode(["star-kv-" + "0" * 16, 1, 64]),
+        msgspec.msgpack.encode(["star-kv-" + "0" * 16, -1, 64]),
+        msgspec.msgpack.encode(["star-kv-" + "0" * 16 + "/../x", 1, 64]),
     ],
 )
 def test_a_setup_that_is_not_ours_is_refused(setup: bytes) -> None:

@@ -113,6 +113,7 @@ class StatusView:
             age_s=np.full(len(self.ids), age_s),
             accepts=~draining,
             draining=draining,
+            group=np.zeros(len(self.ids), dtype=np.int64),
             moves_out=columns[7],
             moves_in=columns[8],
         )

@@ -8,6 +8,7 @@ every field that could carry an arbitrary object; a request that uses such a fea
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,7 +36,20 @@ class TokenDetails(msgspec.Struct, array_like=True, frozen=True):
     ids_indices: list[Any] = []
 
 
+class Travelling(msgspec.Struct, array_like=True, frozen=True):
+    """What a request is rebuilt from, beside its prompt.
+
+    Attributes:
+        message: its message, msgpack.
+        output: token ids so far, little-endian int64; only for a grammar to take in.
+    """
+
+    message: bytes
+    output: bytes = b""
+
+
 _request_decoder = msgspec.msgpack.Decoder(TokenizedGenerateReqInput)
+_travelling_decoder = msgspec.msgpack.Decoder(Travelling)
 _details_decoder = msgspec.msgpack.Decoder(TokenDetails)
 
 
@@ -63,7 +77,7 @@ def pinned(req: Req) -> str:
 
 
 def encode_request(req: Req) -> tuple[bytes, bytes]:
-    """Return the stripped message and the prompt's token ids."""
+    """Return the stripped message, with a :class:`Travelling` around it, and the prompt's ids."""
     origin = star_of(req).origin
     stripped = msgspec.structs.replace(
         origin,
@@ -76,19 +90,24 @@ def encode_request(req: Req) -> tuple[bytes, bytes]:
         kv_hints=None,
         sampling_params=req.sampling_params,
     )
-    prompt = np.asarray(req.origin_input_ids, dtype="<i8").tobytes()
-    return msgspec.msgpack.encode(stripped), prompt
+    output = _to_bytes(req.output_ids) if req.grammar is not None else b""
+    travelling = Travelling(msgspec.msgpack.encode(stripped), output)
+    return msgspec.msgpack.encode(travelling), _to_bytes(req.origin_input_ids)
 
 
-def decode_request(data: bytes, prompt: bytes, rid: str) -> TokenizedGenerateReqInput:
-    """Rebuild the message under a new rid.
+def decode_request(
+    data: bytes, prompt: bytes, rid: str
+) -> tuple[TokenizedGenerateReqInput, array[int]]:
+    """Rebuild the message under a new rid, and what is known of its output.
 
     Raises:
         MalformedMessage: the bytes are not such a message, or carry what never travels.
     """
     try:
-        message = _request_decoder.decode(data)
-        ids = np.frombuffer(prompt, dtype="<i8")
+        travelling = _travelling_decoder.decode(data)
+        message = _request_decoder.decode(travelling.message)
+        ids = _from_bytes(prompt)
+        output = _from_bytes(travelling.output)
     except (msgspec.MsgspecError, ValueError) as error:
         raise MalformedMessage(f"not a tokenized request: {error}") from error
     forbidden = (
@@ -102,8 +121,16 @@ def decode_request(data: bytes, prompt: bytes, rid: str) -> TokenizedGenerateReq
     if any(field is not None for field in forbidden) or not len(ids):
         raise MalformedMessage("the tokenized request carries a field that never travels")
     message.rid = rid
-    message.input_ids = array("q", ids.tolist())
-    return message
+    message.input_ids = ids
+    return message, output
+
+
+def _to_bytes(ids: Sequence[int]) -> bytes:
+    return np.asarray(ids, dtype="<i8").tobytes()
+
+
+def _from_bytes(data: bytes) -> array[int]:
+    return array("q", np.frombuffer(data, dtype="<i8").tolist())
 
 
 def encode_details(req: Req, start: int, end: int) -> bytes:

@@ -99,8 +99,9 @@ def accumulated(req: Req, count: int, *, lags: bool) -> array[int]:
         lags: whether SGLang takes the token before the latest, as under overlap.
     """
     log = array("q", (star_of(req).penalty_log or ())[:count])
-    for index in range(len(log), count):
-        log.append(req.output_ids[max(0, index - lags)])
+    if lags and not log and count:
+        log.append(req.output_ids[0])
+    log.extend(req.output_ids[len(log) - lags : count - lags])
     return log
 
 

@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_serving
 
-from sglang_star.engine import batch, codec
+from sglang_star.engine import batch, codec, replay
 from sglang_star.engine.pages import KvPages
 from sglang_star.errors import OrderRefused
 from sglang_star.predictor.state import export_state, import_state
@@ -34,6 +34,7 @@ class SglangEngine:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self._outputs: dict[str, array[int]] = {}
         self.pages = KvPages(scheduler)
         self.unsupported = self.pages.unsupported
         self.page_size = self.pages.page_size
@@ -148,7 +149,11 @@ class SglangEngine:
 
     def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
         """See :class:`Engine`: SGLang is given it as if a client of its own had sent it."""
-        self._scheduler.handle_generate_request(codec.decode_request(message, prompt, rid))
+        request, output = codec.decode_request(message, prompt, rid)
+        # It is seated now, or when its grammar is compiled, or, if nobody wants it then, never.
+        self._outputs = {r: o for r, o in self._outputs.items() if self.compiles(r)}
+        self._outputs[rid] = output
+        self._scheduler.handle_generate_request(request)
 
     def compiles(self, rid: str) -> bool:
         """See :class:`Engine`."""
@@ -166,6 +171,7 @@ class SglangEngine:
         if not self.pages.reserve_row(req):
             return False
         self.pages.bind_to_root(req)
+        replay.begin(req, self._outputs.pop(req.rid, ()))
         req.sampling_params.max_new_tokens = max_new_tokens
         return True
 
@@ -175,7 +181,10 @@ class SglangEngine:
 
     def extend(self, req: Req, length: int) -> bool:
         """See :class:`Engine`."""
-        return self.pages.extend(req, length)
+        if not self.pages.extend(req, length):
+            return False
+        replay.follow(req, length)
+        return True
 
     def scatter(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
         """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
@@ -189,10 +198,8 @@ class SglangEngine:
 
     def adopt(self, req: Req, output_ids: Sequence[int]) -> None:
         """See :class:`Engine`."""
+        replay.finish(req, output_ids)
         req.output_ids = array("q", output_ids)
-        if req.grammar is not None:
-            for token in output_ids:
-                req.grammar.accept_token(token)
 
     def join(self, req: Req, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
         """See :class:`Engine`."""

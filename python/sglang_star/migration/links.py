@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import zmq
 
+from sglang_star import owned
 from sglang_star.errors import ConfigError, ProtocolError
 from sglang_star.migration.connection import Connection
 from sglang_star.migration.post import PeerLost
@@ -45,6 +46,8 @@ from sglang_star.protocol import (
 
 logger = logging.getLogger(__name__)
 
+FOLDER_PREFIX = "star-orders-"
+"""Of the folder in the temporary directory that holds an instance's order socket."""
 MAX_MESSAGE_BYTES = 64 << 20
 URGENT = (Tokens, Inserted, Reserved, PagesTaken)
 """What may be handled while a decode step runs, since it touches no request that is in it: a
@@ -121,7 +124,8 @@ class Links:
         )
         self.status_address = f"tcp://{advertise_host}:{publish_port}"
         # Only this user may give orders: the socket lies in a folder of mode 0700.
-        self._folder = tempfile.mkdtemp(prefix="star-")
+        owned.sweep(tempfile.gettempdir(), FOLDER_PREFIX)
+        self._folder, self._folder_lock = owned.make_folder(tempfile.gettempdir(), FOLDER_PREFIX)
         self.order_address = f"ipc://{self._folder}/orders"
         self._orders: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._orders.setsockopt(zmq.LINGER, 0)
@@ -215,6 +219,7 @@ class Links:
             socket.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._folder_lock)
 
     def _flush(self) -> None:
         self._outbox_wake.clear()

@@ -34,15 +34,19 @@ class Reactive:
         share = load.committed_tokens(snapshot) / capacity + np.where(inst.draining, 10.0, 0.0)
         rank = load.name_rank(inst.ids)
         context = load.context_tokens(snapshot)
-        targets = slots.open_targets()
-        targets = targets[np.lexsort((rank[targets], share[targets]))]
+        least_first = np.lexsort((rank, share))
         sources = np.flatnonzero(slots.free > 0)
         sources = sources[np.lexsort((rank[sources], -share[sources]))]
         orders: list[MoveOrder] = []
-        for source, target in zip(sources, targets, strict=False):
+        for source in sources:
+            targets = least_first[slots.is_open(int(source))[least_first]]
+            if targets.size == 0:
+                continue
+            target = targets[0]
             gap = share[source] - share[target]
             if gap <= p.gap:
-                break
+                continue
+            least_first = least_first[least_first != target]
             rows = slots.candidates(int(source))
             room = min(p.target_limit - share[target], gap) * capacity[target]
             rows = rows[context[rows] <= room]

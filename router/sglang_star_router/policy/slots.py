@@ -19,6 +19,7 @@ class MoveSlots:
     def __init__(self, snapshot: FleetSnapshot, per_instance: int, cooldown_s: float) -> None:
         inst, reqs = snapshot.instances, snapshot.requests
         self.free: IntArray = per_instance - inst.moves_out - inst.moves_in
+        self._group = inst.group
         self.targets: BoolArray = inst.accepts & (inst.queued == 0) & (inst.retracted == 0)
         eligible = reqs.movable & ~reqs.queued & (reqs.since_move_s >= cooldown_s)
         rows = np.flatnonzero(eligible)
@@ -31,9 +32,15 @@ class MoveSlots:
         """Rows of the requests on ``instance`` that may move."""
         return self._rows[self._bounds[instance] : self._bounds[instance + 1]]
 
-    def open_targets(self) -> IntArray:
-        """Rows of instances that can receive a guest now."""
-        return np.flatnonzero(self.targets & (self.free > 0))
+    def is_open(self, source: int) -> BoolArray:
+        """Which instances can receive a guest from ``source`` now, ``[I]``."""
+        can: BoolArray = self.targets & (self.free > 0) & (self._group == self._group[source])
+        can[source] = False
+        return can
+
+    def open_targets(self, source: int) -> IntArray:
+        """Rows of the instances that can receive a guest from ``source`` now."""
+        return np.flatnonzero(self.is_open(source))
 
     def take(self, source: int, target: int) -> None:
         """Count one move from ``source`` to ``target``."""

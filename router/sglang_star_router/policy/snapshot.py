@@ -35,6 +35,7 @@ class Instances:
         age_s: how old the status behind this row is.
         accepts: healthy, fresh enough and not draining: may receive requests.
         draining: should be emptied.
+        group: only instances with equal numbers can hand requests to each other.
         moves_out, moves_in: migrations under way from and to it.
     """
 
@@ -50,6 +51,7 @@ class Instances:
     age_s: FloatArray
     accepts: BoolArray
     draining: BoolArray
+    group: IntArray
     moves_out: IntArray
     moves_in: IntArray
 

@@ -95,8 +95,8 @@ class StarMoves:
         context = reqs.prompt_tokens[rows] + reqs.output_tokens[rows]
         # What leaves a draining instance is taken without the reserve for those that run.
         granted = now.grants + (kept_free(inst) if inst.draining[source] else 0)
-        targets = slots.open_targets()
-        targets = targets[(targets != source) & (granted[targets] >= context.min())]
+        targets = slots.open_targets(source)
+        targets = targets[granted[targets] >= context.min()]
         if targets.size == 0:
             return None
         slack = np.round(room[targets].min(axis=1))

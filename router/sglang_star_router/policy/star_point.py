@@ -69,9 +69,8 @@ class StarPoint:
         """Pick one move off ``source``, updating ``loads``; None if none is worth it."""
         p, inst = self.params, snapshot.instances
         weighted = loads @ self.weight
-        under = slots.open_targets()
+        under = slots.open_targets(source)
         under = under[weighted[under] < weighted.mean()]
-        under = under[under != source]
         if under.size == 0:
             return None
         lowest = under[weighted[under] <= weighted[under].min()]

@@ -145,7 +145,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Function(
         _GRAMMAR + ".accept_token",
         "a target's grammar repeats the output",
-        "engine.real",
+        "engine.replay",
         takes="token",
     ),
     Attribute(_GRAMMAR + ".finished", "as SGLang sets it with each token", "migration.home"),

@@ -9,6 +9,11 @@ from sglang_star.migration.transport.shm import SharedMemoryCarrier
 CARRIERS: dict[str, type[Carrier]] = {SharedMemoryCarrier.name: SharedMemoryCarrier}
 
 
+def sweep() -> list[str]:
+    """Remove what senders that were killed have left on this machine; returns its names."""
+    return [name for kind in CARRIERS.values() for name in kind.sweep()]
+
+
 def carrier(name: str) -> type[Carrier]:
     """Look a carrier up by name.
 

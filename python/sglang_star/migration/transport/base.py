@@ -43,6 +43,11 @@ class Carrier(abc.ABC):
             PeerError: the setup is malformed, or the memory cannot be reached from here.
         """
 
+    @classmethod
+    def sweep(cls) -> list[str]:
+        """Remove what senders that were killed have left on this machine; returns its names."""
+        return []
+
     @abc.abstractmethod
     def slot(self, index: int) -> torch.Tensor:
         """Slot ``index`` as uint8 ``[slot_bytes]``.

@@ -1,7 +1,8 @@
 """Shared memory: for instances on one machine.
 
 The segment is an unlinked file as soon as both sides have it open, so that nothing is left behind
-when either process dies.
+when either process dies. Until then its sender holds it (:mod:`sglang_star.owned`): what one that
+was killed leaves in between, the next start removes.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import re
-import secrets
 
 import msgspec
 import torch
 
+from sglang_star import owned
 from sglang_star.errors import PeerError
 from sglang_star.migration.transport.base import Carrier
 
 _FOLDER = "/dev/shm"
-_NAME = re.compile(r"star-[0-9a-f]{32}")
+_PREFIX = "star-kv-"
 _MAX_BYTES = 1 << 34
 
 
@@ -45,9 +45,8 @@ class SharedMemoryCarrier(Carrier):
     @classmethod
     def send(cls, slots: int, slot_bytes: int) -> SharedMemoryCarrier:
         """Create the segment; see :class:`Carrier`."""
-        file = f"{_FOLDER}/star-{secrets.token_hex(16)}"
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            file, descriptor = owned.make_file(_FOLDER, _PREFIX)
             try:
                 os.posix_fallocate(descriptor, 0, slots * slot_bytes)
                 return cls(file, descriptor, slots, slot_bytes)
@@ -70,7 +69,7 @@ class SharedMemoryCarrier(Carrier):
         except msgspec.MsgspecError as error:
             raise PeerError(f"malformed shared-memory setup: {error}") from error
         size = wanted.slots * wanted.slot_bytes
-        if not _NAME.fullmatch(wanted.name) or not 0 < size <= _MAX_BYTES:
+        if not owned.is_name(wanted.name, _PREFIX) or not 0 < size <= _MAX_BYTES:
             raise PeerError("malformed shared-memory setup")
         file = f"{_FOLDER}/{wanted.name}"
         try:
@@ -88,6 +87,11 @@ class SharedMemoryCarrier(Carrier):
             return carrier
         finally:
             os.close(descriptor)
+
+    @classmethod
+    def sweep(cls) -> list[str]:
+        """See :class:`Carrier`."""
+        return owned.sweep(_FOLDER, _PREFIX)
 
     def slot(self, index: int) -> torch.Tensor:
         """See :class:`Carrier`."""

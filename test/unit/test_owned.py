@@ -1,0 +1,110 @@
+"""What a killed process leaves goes with the next start; what a living one uses stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from sglang_star import owned
+from sglang_star.migration import transport
+from sglang_star.migration.links import Links
+
+MAKER = """
+import sys
+sys.path[:0] = sys.argv[1:2]
+from sglang_star.migration.transport.shm import SharedMemoryCarrier
+from sglang_star.migration.links import Links
+
+segment = SharedMemoryCarrier.send(2, 4096)
+links = Links("a", 1, host="127.0.0.1", advertise_host="127.0.0.1", migration_port=0,
+              status_port=0, heartbeat_s=1.0, timeout_s=10.0)
+print(segment._file, links.order_address.removeprefix("ipc://").removesuffix("/orders"), flush=True)
+sys.stdin.read()
+"""
+
+
+def links() -> Links:
+    return Links(
+        "b", 1, host="127.0.0.1", advertise_host="127.0.0.1", migration_port=0, status_port=0,
+        heartbeat_s=1.0, timeout_s=10.0,
+    )  # fmt: skip
+
+
+def test_the_next_start_removes_what_a_killed_instance_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    package = Path(owned.__file__).parents[1]
+    child = subprocess.Popen(
+        [sys.executable, "-c", MAKER, package],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    segment, folder = child.stdout.readline().split()
+    try:
+        # While it lives, others start beside it.
+        transport.sweep()
+        links().close()
+        assert os.path.exists(segment)
+        assert os.path.exists(f"{folder}/orders")
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert os.path.exists(segment), "it was killed before it could tidy up"
+    assert os.path.exists(folder)
+    transport.sweep()
+    assert not os.path.exists(segment)
+    links().close()
+    assert not os.path.exists(folder)
+    assert list(tmp_path.iterdir()) == [], "what ends in good order leaves nothing"
+
+
+def test_a_sweep_touches_nothing_else(tmp_path: Path) -> None:
+    names = ["star-kv-0123", "star-kv-" + "g" * 16, "x-star-kv-" + "0" * 16, "star-" + "0" * 16]
+    for name in names:
+        (tmp_path / name).write_text("")
+    (tmp_path / ("star-kv-" + "1" * 16)).symlink_to(tmp_path / names[0])
+    os.mkfifo(tmp_path / ("star-kv-" + "2" * 16))
+    left = tmp_path / ("star-kv-" + "3" * 16)
+    left.write_text("left behind")
+    held, descriptor = owned.make_file(str(tmp_path), "star-kv-")
+    before = set(tmp_path.iterdir())
+    assert owned.sweep(str(tmp_path), "star-kv-") == [str(left)]
+    assert set(tmp_path.iterdir()) == before - {left}
+    os.close(descriptor)
+    assert owned.sweep(str(tmp_path), "star-kv-") == [held]
+    assert owned.sweep(str(tmp_path / "nowhere"), "star-kv-") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+def test_a_sweep_leaves_other_users_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / ("star-kv-" + "4" * 16)
+    theirs.write_text("")
+    os.chown(theirs, 12345, 12345)
+    assert owned.sweep(str(tmp_path), "star-kv-") == []
+
+
+def test_what_is_being_made_is_not_swept(tmp_path: Path) -> None:
+    """A sweep may see a name before its maker holds it: then the maker takes another one."""
+    over = threading.Event()
+
+    def keep_sweeping() -> None:
+        while not over.is_set():
+            owned.sweep(str(tmp_path), "star-")
+
+    sweeper = threading.Thread(target=keep_sweeping)
+    sweeper.start()
+    made = [make(str(tmp_path), "star-") for make in (owned.make_file, owned.make_folder) * 100]
+    over.set()
+    sweeper.join()
+    assert all(os.path.exists(path) for path, _ in made)
+    for _, descriptor in made:
+        os.close(descriptor)
