@@ -334,9 +334,10 @@ class FakeEngine:
     def result(self) -> None:
         """The oldest step's tokens are here."""
         step, reqs = self.in_flight.pop(0)
-        if any(step is other for other in self._unwritten):
+        if self._unwritten and self._unwritten[0] is step:
             self._unwritten.pop(0)
             self._write(step)
+        pool = self.pool
         for req, slots, position in step:
             if req.finished() or req.is_retracted:
                 continue
@@ -345,8 +346,7 @@ class FakeEngine:
             have = -position if position < 0 else position + 1
             if have != len(req.chain):
                 raise KvError(f"{req} has {len(req.chain)} tokens, its step fed the {have}th")
-            pool = self.pool
-            if [pool[index] for index in slots[:have]] != req.chain:
+            if [*map(pool.__getitem__, slots[:have])] != req.chain:
                 raise KvError(f"{req} decodes with wrong KV")
             req.push(req.spec.next_token(req.chain[-1], self._node.number))
             if req.finished():

@@ -173,11 +173,15 @@ class History:
         spec = client.spec
         if client.reason is not None:
             self.fail(f"{spec.rid} gets {token} where its twin has ended")
-        engines = range(1, self._engines + 1) if spec.sampled else (0,)
-        if all(spec.next_token(client.state, engine) != token for engine in engines):
+        state = client.state
+        if not (
+            any(spec.next_token(state, engine) == token for engine in range(1, self._engines + 1))
+            if spec.sampled
+            else spec.next_token(state, 0) == token
+        ):
             self.fail(f"{spec.rid} gets {token} at {client.seen}: its twin would not")
         client.seen += 1
-        client.state = extend(client.state, token)
+        client.state = extend(state, token)
         client.reason = spec.ends(token, client.seen)
 
     def count_engine(self) -> int:
