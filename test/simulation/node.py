@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simulation.history import History
     from simulation.plan import EngineShape
 
-IDLE_S = 0.02
+IDLE_S = 0.05
 
 
 class Watcher(Faults):
@@ -164,8 +164,9 @@ class Node:
         while self._urgent or self._inbox:
             mover.handle((self._urgent or self._inbox).popleft())
         mover.step()
-        with self.faults.contained("orders"):
-            self.orders.step()
+        if mover.armed or self.orders._drain_targets:
+            with self.faults.contained("orders"):
+                self.orders.step()
         mover.flush()
         if self.link.watches or mover.under_way or mover.guests.by_stream:
             self.link.watch(mover.watched())

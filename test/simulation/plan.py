@@ -113,7 +113,7 @@ def draw(seed: int, allowed: Allowed) -> Plan:
 def _request(dice: random.Random, index: int, names: str, longest: int) -> tuple[float, str, Spec]:
     """One that fits an engine's memory, of ``longest`` tokens, if nobody else is there."""
     grammar = dice.random()
-    output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.9 else 300
+    output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.97 else 300
     prompt = tuple(dice.randrange(1, 500) for _ in range(dice.randint(2, 40)))
     spec = Spec(
         rid=f"r{index}",

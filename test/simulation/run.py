@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -22,8 +23,13 @@ def quiet() -> None:
 def failures(seeds: range, allowed: Allowed) -> list[tuple[int, str]]:
     """(seed, what does not hold) of the histories that fail."""
     quiet()
-    results = ((seed, History(draw(seed, allowed)).run()) for seed in seeds)
-    return [(seed, failure) for seed, failure in results if failure]
+    gc.disable()
+    try:
+        results = ((seed, History(draw(seed, allowed)).run()) for seed in seeds)
+        return [(seed, failure) for seed, failure in results if failure]
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def _chunk(job: tuple[range, Allowed]) -> tuple[int, list[tuple[int, str]]]:
