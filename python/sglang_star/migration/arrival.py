@@ -180,6 +180,8 @@ class Arrivals:
         guest = self._guests.by_stream.get(message.stream_id)
         if guest is None or guest.reserve.migration_id != message.migration_id:
             return
+        if not guest.arriving:
+            return  # a repeated one: the request decodes here
         # The last tokens of an earlier host may come after those of the one that sends this.
         guest.commit = message if self._misses_tokens(guest, message) else None
         if guest.commit is not None:
