@@ -93,6 +93,7 @@ class Link:
         delay = world.random.uniform(0.0001, 0.002)
         if world.weather.delay and world.chance(world.weather.delay):
             delay = world.random.uniform(0.01, world.weather.delay_s)
+        delay += world.late(self.peer.address, address)
         connection.last = max(connection.last, world.clock.now + delay)
         world.clock.at(connection.last, self._arrive, address, message)
 
