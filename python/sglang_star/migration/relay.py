@@ -96,6 +96,8 @@ class Relay:
         """A former host handed the stream to another one."""
         shadow = self.shadows.get(message.stream_id)
         if shadow is None:
+            if message.stream_id.rsplit("/", 2)[0] != self._post.peer.instance_id:
+                return  # told once more as the source of the move, whose stream is not ours
             # The stream ended or was reclaimed meanwhile: the new host holds a ghost.
             self._release(message.stream_id, message.migration_id, message.host, "stream is over")
             return
