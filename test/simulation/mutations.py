@@ -63,6 +63,13 @@ MUTATIONS = (
         "a target inserts what its source has given up, and home mixes both",
     ),
     Mutation(
+        "former host ends the stream of another home",
+        _RELAY,
+        'if message.stream_id.rsplit("/", 2)[0] != self._post.peer.instance_id:',
+        "if False:",
+        "a repeated hand-over at its source releases the new host",
+    ),
+    Mutation(
         "tokens appended twice",
         _RELAY,
         "if chunk.index < have and not (",
