@@ -8,10 +8,10 @@ is logged once with its stack, counted, and ends that one thing. Errors that are
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +27,21 @@ class Faults:
         self.counts: Counter[str] = Counter()
         self._told: set[tuple[str, str]] = set()
 
-    @contextlib.contextmanager
-    def contained(self, what: str, end: Callable[[], object] | None = None) -> Iterator[None]:
+    def contained(self, what: str, end: Callable[[], object] | None = None) -> Contained:
         """Let no exception out of the block.
 
         Args:
             what: what the block does, for log and count.
             end: ends the thing it happened to; called after an exception, and contained itself.
         """
-        try:
-            yield
-        except Exception as error:
-            self._note(what, error)
-            if end is not None:
-                with self.contained(f"ending {what}"):
-                    end()
+        return Contained(self, what, end)
+
+    def happened(self, what: str, error: Exception, end: Callable[[], object] | None) -> None:
+        """Count a fault, and ``end`` what it happened to."""
+        self._note(what, error)
+        if end is not None:
+            with self.contained(f"ending {what}"):
+                end()
 
     def _note(self, what: str, error: Exception) -> None:
         self.counts[what] += 1
@@ -54,3 +54,28 @@ class Faults:
             what,
             exc_info=error,
         )
+
+
+class Contained:
+    """The block of :meth:`Faults.contained`; a class, since every step enters several."""
+
+    __slots__ = ("_end", "_faults", "_what")
+
+    def __init__(self, faults: Faults, what: str, end: Callable[[], object] | None) -> None:
+        self._faults = faults
+        self._what = what
+        self._end = end
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._faults.happened(self._what, error, self._end)
+        return True

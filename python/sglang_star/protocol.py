@@ -400,11 +400,13 @@ class Inserted(MoveMessage, frozen=True):
     """The request decodes at ``host`` from now on; sent to the source and to the home.
 
     Attributes:
+        home: whose stream it is.
         moves: of this request so far, this one included: a home that hears of two in the wrong
             order knows the later one by it.
     """
 
     host: Peer
+    home: Peer
     facts: MoveFacts
     moves: int
 

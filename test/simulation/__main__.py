@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from simulation.campaign import campaign
 from simulation.history import History
 from simulation.plan import Allowed, Plan, draw
 from simulation.run import many, quiet
@@ -21,21 +22,33 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, metavar="SEED", help="the first seed")
     parser.add_argument("--seed", type=int, help="replay this history only")
     parser.add_argument("--plan", type=Path, help="replay this kept history only")
+    parser.add_argument(
+        "--campaign", type=Path, metavar="FILE", help="keep what they come to there, and go on"
+    )
+    parser.add_argument("--stop", action="store_true", help="end the campaign at a failure")
     parser.add_argument("--without", default="", help="kinds of faults to leave out: lost,cut,...")
     parser.add_argument("--whole", action="store_true", help="do not shrink")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the shrunk history there")
     parser.add_argument("--lines", type=int, default=60, help="of the trace")
     arguments = parser.parse_args()
     quiet()
+    if arguments.stop and not arguments.campaign:
+        parser.error("--stop goes with --campaign")
     left_out = [name for name in arguments.without.split(",") if name]
     allowed = Allowed(**dict.fromkeys(left_out, False))
     if arguments.plan:
         return tell(msgspec.json.decode(arguments.plan.read_bytes(), type=Plan), arguments)
     if arguments.seed is not None:
         return tell(draw(arguments.seed, allowed), arguments)
-    began = time.monotonic()
-    ran, found = many(arguments.start, arguments.histories, allowed)
-    lasted = time.monotonic() - began
+    if arguments.campaign:
+        result = campaign(
+            arguments.campaign, arguments.start, arguments.histories, allowed, stop=arguments.stop
+        )
+        ran, lasted, found = result.histories, result.seconds, result.failures
+    else:
+        began = time.monotonic()
+        all_ran = many(arguments.start, arguments.histories, allowed)
+        ran, lasted, found = all_ran.histories, time.monotonic() - began, all_ran.found
     print(f"{ran} histories in {lasted:.1f} s, {ran / lasted:.0f} a second; {len(found)} fail")
     kinds = Counter(kind(failure) for _, failure in found)
     for name, count in kinds.most_common(20):

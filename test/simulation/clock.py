@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 
@@ -14,10 +13,11 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self._heap: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
-        self._ids = itertools.count()
+        self._count = 0
 
     def at(self, when: float, act: Callable[..., Any], *args: Any) -> None:
-        heapq.heappush(self._heap, (max(when, self.now), next(self._ids), act, args))
+        self._count += 1
+        heappush(self._heap, (when if when > self.now else self.now, self._count, act, args))
 
     def after(self, seconds: float, act: Callable[..., Any], *args: Any) -> None:
         self.at(self.now + seconds, act, *args)
@@ -28,6 +28,6 @@ class Clock:
         while heap:
             if heap[0][0] > until:
                 return False
-            self.now, _, act, args = heapq.heappop(heap)
+            self.now, _, act, args = heappop(heap)
             act(*args)
         return True

@@ -274,14 +274,17 @@ class FakeEngine:
 
     def launch(self) -> bool:
         """Start a prefill of those that wait, or a decode step; False if nothing runs."""
-        for req in self._joining:
-            if not req.finished() and not req.is_retracted:
-                self.batch.append(req)
-        self._joining = []
-        if step := self._prefill():
+        if self._joining:
+            for req in self._joining:
+                if not req.finished() and not req.is_retracted:
+                    self.batch.append(req)
+            self._joining = []
+        if self.waiting and (step := self._prefill()):
             self._launched(step)
             return True
-        self.batch = [req for req in self.batch if not req.finished()]
+        if not self.batch:
+            return False
+        self.batch = [req for req in self.batch if req.finished_reason is None]
         coming = {id(req) for _, reqs in self.in_flight for req in reqs}
         if coming:
             self.batch = kept = [
@@ -294,11 +297,17 @@ class FakeEngine:
         while kept and not self._fits(kept):
             self.retract(kept[-1])
             kept = self.batch
-        step = []
+        step: Step = []
+        size = self.page_size
         for req in kept:
-            self.extend(req, len(req.slots) + 1)
+            slots = req.slots
+            have = len(slots)
+            if have % size:
+                slots.append(slots[-1] + 1)
+            else:
+                slots.append(self.free.pop() * size)
             req.committed += 1
-            step.append((req, req.slots, len(req.slots) - 1))
+            step.append((req, slots, have))
         if step:
             self._launched(step)
         return bool(step)
@@ -308,6 +317,8 @@ class FakeEngine:
         self._unwritten.append(step)
 
     def _fits(self, reqs: Sequence[Request]) -> bool:
+        if len(reqs) <= len(self.free):
+            return True
         return sum(len(req.slots) % self.page_size == 0 for req in reqs) <= len(self.free)
 
     def _prefill(self) -> Step:
@@ -341,22 +352,22 @@ class FakeEngine:
     def result(self) -> None:
         """The oldest step's tokens are here."""
         step, reqs = self.in_flight.pop(0)
-        if any(step is other for other in self._unwritten):
+        if self._unwritten and self._unwritten[0] is step:
             self._unwritten.pop(0)
             self._write(step)
+        pool = self.pool
         for req, slots, position in step:
-            if req.finished() or req.is_retracted:
+            if req.finished_reason is not None or req.is_retracted:
                 continue
             if slots is not req.slots:
                 raise KvError(f"{req} decodes with KV that is not its own")
             have = -position if position < 0 else position + 1
             if have != len(req.chain):
                 raise KvError(f"{req} has {len(req.chain)} tokens, its step fed the {have}th")
-            pool = self.pool
-            if [pool[index] for index in slots[:have]] != req.chain:
+            if [*map(pool.__getitem__, slots[:have])] != req.chain:
                 raise KvError(f"{req} decodes with wrong KV")
             req.push(req.spec.next_token(req.chain[-1], self._node.number))
-            if req.finished():
+            if req.finished_reason is not None:
                 self.release(req, keep_prefix=True)
         self.emit(reqs)
 

@@ -19,6 +19,9 @@ from simulation.tokens import Spec, extend
 
 HEARTBEAT_S, TIMEOUT_S, DEADLINE_S = 0.25, 1.0, 2.0
 PROBE_S, STARVED_S = 0.25, 2.5
+GENTLE = frozenset({"slow", "abort", "duplicate"})
+"""Faults that lose nothing and last for less than any time-out."""
+FOLLOW_S, PATIENCE_S = 0.01, 4.0
 BOUND_S = 40.0
 """No history lasts longer: its faults, every deadline after them, and decoding what is left."""
 
@@ -88,6 +91,8 @@ class History:
         object.__setattr__(self.config, "transport", carrier.NAME)  # no flag may ask for it
         self._engines = 0
         self._cuts: set[frozenset[str]] = set()
+        self._late: dict[tuple[str, str], float] = {}
+        self.gentle = all(e.what in GENTLE for e in plan.events if e.fault)
         self.nodes: dict[str, Node] = {}
         self.dead: list[Node] = []
         for name in plan.shapes:
@@ -133,6 +138,9 @@ class History:
     def cut(self, one: str, other: str) -> bool:
         return bool(self._cuts) and frozenset((one, other)) in self._cuts
 
+    def late(self, one: str, other: str) -> float:
+        return self._late.get((one, other), 0.0) if self._late else 0.0
+
     # ------------------------------------------------------------------ clients
 
     def _ask(self, name: str, spec: Spec) -> None:
@@ -173,11 +181,15 @@ class History:
         spec = client.spec
         if client.reason is not None:
             self.fail(f"{spec.rid} gets {token} where its twin has ended")
-        engines = range(1, self._engines + 1) if spec.sampled else (0,)
-        if all(spec.next_token(client.state, engine) != token for engine in engines):
+        state = client.state
+        if not (
+            any(spec.next_token(state, engine) == token for engine in range(1, self._engines + 1))
+            if spec.sampled
+            else spec.next_token(state, 0) == token
+        ):
             self.fail(f"{spec.rid} gets {token} at {client.seen}: its twin would not")
         client.seen += 1
-        client.state = extend(client.state, token)
+        client.state = extend(state, token)
         client.reason = spec.ends(token, client.seen)
 
     def count_engine(self) -> int:
@@ -211,6 +223,19 @@ class History:
                 order_id=1, rid=rid, target=self._peer(target), reason="plan", hold_after=hold
             )
             node.input(lambda: self._obey(node, order))
+
+    def follow(self, rid: str, path: str, hold: int, gap: float) -> None:
+        """Order the request from host to host, on as soon as it decodes at each."""
+        self._follow(rid, path, hold, gap, "", self.clock.now + PATIENCE_S)
+
+    def _follow(self, rid: str, path: str, hold: int, gap: float, here: str, until: float) -> None:
+        node = self._host(rid)
+        if node is not None and here in ("", node.name) and node.name != path[0]:
+            self.note("plan", "follows", rid, path)
+            self.move(rid, path[0], hold)
+            here, path = path[0], path[1:]
+        if path and self.clock.now < until:
+            self.clock.after(max(gap, FOLLOW_S), self._follow, rid, path, hold, gap, here, until)
 
     def arm(self, name: str, rid: str, target: str, at_tokens: int, hold: int) -> None:
         node = self.nodes[name]
@@ -277,6 +302,12 @@ class History:
         for node in self.nodes.values():
             if node.alive:
                 node.link.healed()
+
+    def slow(self, one: str, other: str, late: float, lasts: float) -> None:
+        """All that the one sends the other is late, in its order."""
+        way = f"sim://{one}", f"sim://{other}"
+        self._late[way] = late
+        self.clock.after(lasts, self._late.pop, way, None)
 
     def freeze(self, name: str, lasts: float) -> None:
         self.nodes[name].frozen_until = self.clock.now + lasts

@@ -18,6 +18,10 @@ def at_rest(history: History) -> Iterator[str]:
     for node in history.nodes.values():
         if node.alive:
             yield from _empty(node)
+    if history.gentle:
+        for node in history.nodes.values():
+            if node.mover.log.outcomes["reclaimed"]:
+                yield f"{node.name} reclaims a stream though nothing was lost"
     for owner, _ in history.segments.opened.values():
         if owner.alive:
             yield f"{owner.name} never closes a carrier"

@@ -93,6 +93,7 @@ class Link:
         delay = world.random.uniform(0.0001, 0.002)
         if world.weather.delay and world.chance(world.weather.delay):
             delay = world.random.uniform(0.01, world.weather.delay_s)
+        delay += world.late(self.peer.address, address)
         connection.last = max(connection.last, world.clock.now + delay)
         world.clock.at(connection.last, self._arrive, address, message)
 
@@ -136,12 +137,18 @@ class Link:
 
     # ------------------------------------------------------------------ who is there
 
+    @property
+    def watches(self) -> bool:
+        """Whether it was told to watch anybody."""
+        return bool(self._watched)
+
     def watch(self, pairs: frozenset[tuple[Peer, str]]) -> None:
         if pairs == self._watched:
             return
         self._watched = pairs
         peers: dict[str, tuple[Peer, frozenset[str]]] = {}
-        for peer, stream in pairs:
+        # In an order of its own: a set of names has another one in every process.
+        for peer, stream in sorted(pairs, key=lambda pair: (pair[0].address, pair[1])):
             known = peers.get(peer.address, (peer, frozenset()))[1]
             peers[peer.address] = (peer, known | {stream})
         self._watch.set(peers, self._world.clock.now)
@@ -163,9 +170,9 @@ class Link:
             for address, one in self._connections.items()
             if self._refused(address, one, now)
         }
-        for peer in self._watch.drop(gone):
+        for peer in self._watch.drop(sorted(gone)):
             self._lost(peer, "its process is gone")
-        for address in gone:
+        for address in sorted(gone):
             self._disconnect(address)
         for peer in self._watch.drop_silent(now, late_s):
             self._lost(peer, f"silent for {self._timeout_s:g} s")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sglang_star.config import StarConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simulation.history import History
     from simulation.plan import EngineShape
 
-IDLE_S = 0.02
+IDLE_S = 0.05
 
 
 class Watcher(Faults):
@@ -89,7 +89,7 @@ class Node:
         (self._urgent if urgent else self._inbox).append(item)
         if self._stepping:
             if urgent and self.mover.under_way and not self._held_up():
-                with self._inside():
+                with self:
                     while self._urgent:
                         self.mover.handle(self._urgent.popleft())
                     self.mover.flush()
@@ -118,7 +118,8 @@ class Node:
             self.world.clock.at(when, self._loop, when)
 
     def _held_up(self) -> bool:
-        return max(self.frozen_until, self.stuck_until) > self.world.clock.now
+        now = self.world.clock.now
+        return self.frozen_until > now or self.stuck_until > now
 
     def _loop(self, planned: float) -> None:
         if not self.alive or self._stepping or self._planned != planned:
@@ -127,7 +128,7 @@ class Node:
         if self._held_up():
             self._wake(max(self.frozen_until, self.stuck_until))
             return
-        with self._inside():
+        with self:
             self._tick()
             if self.paused:
                 self._wake(self.world.clock.now + IDLE_S)
@@ -151,21 +152,24 @@ class Node:
             self.world.clock.at(until, self._finish, due)
             return
         self._stepping = False
-        with self._inside():
+        with self:
             for _ in range(due):
                 self.engine.result()
         self._wake(self.world.clock.now)
 
     def _tick(self) -> None:
+        mover = self.mover
         while self._inputs:
             self._inputs.popleft()()
         while self._urgent or self._inbox:
-            self.mover.handle((self._urgent or self._inbox).popleft())
-        self.mover.step()
-        with self.faults.contained("orders"):
-            self.orders.step()
-        self.mover.flush()
-        self.link.watch(self.mover.watched())
+            mover.handle((self._urgent or self._inbox).popleft())
+        mover.step()
+        if mover.armed or self.orders._drain_targets:
+            with self.faults.contained("orders"):
+                self.orders.step()
+        mover.flush()
+        if self.link.watches or mover.under_way or mover.target.moves or mover.host.by_stream:
+            self.link.watch(mover.watched())
 
     def _waits(self) -> bool:
         """Whether something here goes on by the clock alone."""
@@ -179,13 +183,17 @@ class Node:
             or (self.orders._drain_targets and self.engine.batch)
         )
 
-    @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
-        """What leaves this ends an engine, which nothing may."""
+    def __enter__(self) -> None:
         self.world.segments.owner = self
-        try:
-            yield
-        except IllegalTransition as error:
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """What leaves a block inside a node ends an engine, which nothing may."""
+        if isinstance(error, IllegalTransition):
             self.world.fail(f"{self.name} met a defect: {error}", error)
-        except Exception as error:
+        elif isinstance(error, Exception):
             self.world.fail(f"{self.name} ended: {error!r}", error)

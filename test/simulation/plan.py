@@ -18,6 +18,7 @@ class Allowed:
     Attributes:
         lost: messages vanish; duplicated: come twice; stray: come once more much later, whatever
             was sent meanwhile; delayed: a connection stands still for a while.
+        slow: what one instance sends to another is late, always by the same time.
         cut: two instances cannot talk; frozen: a process stands still; stuck: its scheduler does
             while its heartbeats go on; killed: it dies, and mostly comes back under its name.
         full: memory is taken by others; paused: an engine's steps are, and its requests may be
@@ -28,6 +29,7 @@ class Allowed:
     duplicated: bool = True
     stray: bool = True
     delayed: bool = True
+    slow: bool = True
     cut: bool = True
     frozen: bool = True
     stuck: bool = True
@@ -103,6 +105,8 @@ def draw(seed: int, allowed: Allowed) -> Plan:
     requests = tuple(_request(dice, i, names, longest) for i in range(dice.randint(1, 5)))
     events: list[Event] = []
     _orders(dice, names, requests, events)
+    if len(names) > 2 and dice.random() < 0.3:
+        requests = _chain(dice, names, requests, longest, allowed, events)
     # Some histories are calm, and what happens in the others happens mostly during moves.
     if mood := dice.choice((0.0, 0.5, 1.0, 1.0, 2.0)):
         _faults(dice, names, requests, allowed, events, mood)
@@ -113,7 +117,7 @@ def draw(seed: int, allowed: Allowed) -> Plan:
 def _request(dice: random.Random, index: int, names: str, longest: int) -> tuple[float, str, Spec]:
     """One that fits an engine's memory, of ``longest`` tokens, if nobody else is there."""
     grammar = dice.random()
-    output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.9 else 300
+    output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.97 else 300
     prompt = tuple(dice.randrange(1, 500) for _ in range(dice.randint(2, 40)))
     spec = Spec(
         rid=f"r{index}",
@@ -152,6 +156,52 @@ def _orders(dice: random.Random, names: str, requests: Any, events: list[Event])
     if dice.random() < 0.1:
         name = dice.choice(names)
         events.append(Event(dice.uniform(0.1, 1.0), "drain", (name,), False))
+
+
+def _chain(
+    dice: random.Random,
+    names: str,
+    requests: Any,
+    longest: int,
+    allowed: Allowed,
+    events: list[Event],
+) -> Any:
+    """A long request that goes from host to host, and what some host says home is late.
+
+    Home then hears of them in another order than they had the stream in. Or the second host gives
+    a move up whose target inserts the request all the same, so that both decode it.
+    """
+    index = dice.randrange(len(requests))
+    at, home, spec = requests[index]
+    output = longest - len(spec.prompt)
+    spec = replace(spec, max_new_tokens=output, end_every=10**9, stop_token=-1, grammar_s=0.0)
+    start = at + dice.uniform(0.1, 0.5)
+    others = dice.sample([name for name in names if name != home], len(names) - 1)
+    slow = dice.choice(others)
+    if allowed.stuck and allowed.cut and dice.random() < 0.25:
+        first, second = others[:2]
+        then = start + dice.uniform(0.2, 0.5)
+        stuck = then + dice.uniform(0.01, 0.2)
+        events += (
+            Event(start, "follow", (spec.rid, first, 0, 0.0), False),
+            Event(then, "follow", (spec.rid, second, dice.choice((-1, 0)), 0.0), False),
+            Event(stuck, "stick", (second, dice.uniform(1.0, 2.8)), True),
+            Event(stuck + dice.uniform(0.0, 1.8), "cut_off", (first, second, 6.0), True),
+        )
+        start, slow = then, first
+    else:
+        path = "".join(others[: dice.randint(2, 3)])
+        path += dice.choice(("", home, home + path[0], path[0]))
+        gap, hold = dice.choice((0.0, 0.0, 0.02, 0.2)), dice.choice((-1, 0, 0, 2))
+        events.append(Event(start, "follow", (spec.rid, path, hold, gap), False))
+    if allowed.slow and dice.random() < 0.7:
+        late = dice.choice((0.03, 0.1, 0.3, 0.5))
+        when = start + dice.choice((-0.1, 0.0, 0.1))
+        events.append(Event(when, "slow", (slow, home, late, dice.uniform(0.5, 5.0)), True))
+    if allowed.cut and dice.random() < 0.1:
+        when = start + dice.uniform(0.0, 0.5)
+        events.append(Event(when, "cut_off", (slow, home, dice.choice((0.3, 0.9, 1.5))), True))
+    return (*requests[:index], (at, home, spec), *requests[index + 1 :])
 
 
 def _other(dice: random.Random, names: str, name: str) -> str:
@@ -197,6 +247,9 @@ def _faults(
     if allowed.delayed and some(0.2):
         add("delay", dice.choice((0.02, 0.2)), dice.choice((0.1, 0.5, 3.0)), span())
     for _ in range(2):
+        if allowed.slow and some(0.15):
+            one = dice.choice(names)
+            add("slow", one, _other(dice, names, one), dice.choice((0.03, 0.2, 0.5)), span())
         if allowed.cut and some(0.15):
             one = dice.choice(names)
             add("cut_off", one, _other(dice, names, one), span())

@@ -41,10 +41,12 @@ class Request:
 
     def push(self, token: int) -> None:
         """One more output token, and whether the output ends with it."""
-        self.output_ids.append(token)
-        self.chain.append(extend(self.chain[-1], token))
+        output = self.output_ids
+        output.append(token)
+        chain = self.chain
+        chain.append(extend(chain[-1], token))
         if self.finished_reason is None:
-            self.finished_reason = self.to_finish or self.spec.ends(token, len(self.output_ids))
+            self.finished_reason = self.to_finish or self.spec.ends(token, len(output))
 
     def __repr__(self) -> str:
         return f"{self.rid}@{len(self.output_ids)}"

@@ -73,7 +73,7 @@ def route(migration_id: str) -> Route:
 
 def inserted(migration_id: str, host: Peer, moves: int, tokens: int = 6) -> Inserted:
     facts = structs.replace(FACTS, context_tokens=tokens + 3 - 1)
-    return Inserted(route=route(migration_id), host=host, facts=facts, moves=moves)
+    return Inserted(route=route(migration_id), host=host, home=A, facts=facts, moves=moves)
 
 
 def chunk(migration_id: str, index: int, *tokens: int, finished: bytes = b"") -> TokenChunk:

@@ -38,7 +38,7 @@ MESSAGES = [
         predictor=b"x",
         facts=FACTS,
     ),
-    protocol.Inserted(route=ROUTE, host=PEER, facts=FACTS, moves=2),
+    protocol.Inserted(route=ROUTE, host=PEER, home=PEER, facts=FACTS, moves=2),
     protocol.Tokens(receiver_incarnation=8, chunks=(CHUNK, CHUNK)),
     protocol.Heartbeat(receiver_incarnation=8, sender=PEER, live=("a/7/1",)),
     protocol.MigrateOrder(order_id=1, rid="r", target=PEER),

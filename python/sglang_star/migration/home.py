@@ -109,6 +109,8 @@ class Home:
         """A former host handed the stream to another one."""
         shadow = self.shadows.get(message.stream_id)
         if shadow is None:
+            if message.home != self._post.peer:
+                return  # told once more as the sender of another's stream
             # The stream ended or was reclaimed meanwhile: the new host holds a ghost.
             self._release(message.stream_id, message.migration_id, message.host, "stream is over")
             return

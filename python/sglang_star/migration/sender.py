@@ -282,6 +282,7 @@ class Sender:
                     Inserted(
                         route=move.route,
                         host=move.target,
+                        home=move.home,
                         facts=move.facts(),
                         moves=star_of(move.req).moves + 1,
                     )

@@ -273,7 +273,13 @@ class Target:
         """The request decodes here: tell those who have to know."""
         reserve = move.reserve
         moves = reserve.moves + 1
-        inserted = partial(Inserted, host=self._post.peer, facts=commit.facts, moves=moves)
+        inserted = partial(
+            Inserted,
+            host=self._post.peer,
+            home=reserve.home,
+            facts=commit.facts,
+            moves=moves,
+        )
         answer = inserted(route=move.route(reserve.source))
         self._post.send(reserve.source, answer)
         star = star_of(req)
