@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 status = pytest.importorskip("sglang_star.status")
-target = pytest.importorskip("sglang_star.migration.target")
+admission = pytest.importorskip("sglang_star.migration.admission")
 real = pytest.importorskip("sglang_star.engine.real")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
 
@@ -56,18 +56,12 @@ def scheduler() -> Any:
             num_reserved_decode_tokens=RESERVED,
         ),
         max_running_requests=64,
-        _engine_paused=False,
         req_to_token_pool=SimpleNamespace(free_slots=[1]),
     )
 
 
 def arriving_moves(*arriving: Any) -> dict[str, Any]:
-    return {
-        req.rid: SimpleNamespace(
-            req=req, reserve=SimpleNamespace(context_tokens=req.kv.kv_allocated_len)
-        )
-        for req in arriving
-    }
+    return {req.rid: SimpleNamespace(req=req) for req in arriving}
 
 
 NO_GUESTS: Any = SimpleNamespace(by_rid={}, by_stream={})
@@ -79,7 +73,6 @@ def engine_of(scheduler: Any, free: int) -> Any:
     engine._scheduler = scheduler
     engine.pages = SimpleNamespace(capacity=CAPACITY, free=free)  # type: ignore[assignment]
     engine.unsupported = ""
-    engine.weights = lambda: "default"  # type: ignore[method-assign]
     return engine
 
 
@@ -120,20 +113,9 @@ def test_kv_held_for_guests_is_reserved_and_not_used(
 
 def check(scheduler: Any, free: int, reason: str = "overflow", *arriving: Any) -> None:
     """Ask a target whether it takes a guest of 1,000 tokens."""
-    config = SimpleNamespace(max_guests=8)
-    made = target.Target(
-        engine_of(scheduler, free),
-        SimpleNamespace(),  # type: ignore[arg-type]
-        SimpleNamespace(),  # type: ignore[arg-type]
-        NO_GUESTS,
-        config,  # type: ignore[arg-type]
-        "f",
-    )
-    made.moves = arriving_moves(*arriving)
-    message = SimpleNamespace(
-        fingerprint="f", weights="default", context_tokens=1000, reason=reason
-    )
-    made._check(message)
+    message: Any = SimpleNamespace(context_tokens=1000, reason=reason)
+    others: Any = [SimpleNamespace(context_tokens=req.kv.kv_allocated_len) for req in arriving]
+    admission.check_room(engine_of(scheduler, free), message, others)
 
 
 def test_a_guest_leaves_room_for_those_who_run_to_grow(scheduler: Any) -> None:
@@ -144,7 +126,7 @@ def test_a_guest_leaves_room_for_those_who_run_to_grow(scheduler: Any) -> None:
     with pytest.raises(OrderRefused, match="400 of them promised"):
         check(scheduler, enough + 499, "overflow", request("other", 400))
     # Off an instance that is to go, a guest may come as long as it fits at all.
-    check(scheduler, 1000 + target.HEADROOM_TOKENS, DRAIN)
+    check(scheduler, 1000 + admission.HEADROOM_TOKENS, DRAIN)
 
 
 def test_no_guest_comes_before_those_who_were_retracted(scheduler: Any) -> None:
@@ -155,4 +137,4 @@ def test_no_guest_comes_before_those_who_were_retracted(scheduler: Any) -> None:
 
 def test_an_aggregated_instance_asks_only_that_a_guest_fits(scheduler: Any) -> None:
     scheduler.disagg_decode_prealloc_queue = scheduler.disagg_decode_transfer_queue = None
-    check(scheduler, 1000 + target.HEADROOM_TOKENS)
+    check(scheduler, 1000 + admission.HEADROOM_TOKENS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sglang_star.engine.verbs import Request
+from sglang_star.engine.verbs import Engine, Request
 from sglang_star.migration.states import OFF_BATCH, Machine, Sending, SendingEvent, sending
 from sglang_star.migration.transport.base import Carrier
-from sglang_star.protocol import MoveFacts, MoveReport, Peer, Route
+from sglang_star.protocol import MoveFacts, MoveReport, Peer, Reserve, Route
+from sglang_star.star_request import star_of
 
+SLOT_BYTES = 16 << 20
 SLOTS = 4
 """Pieces of a carrier: one is filled while others are on their way or being emptied."""
 
@@ -100,3 +102,30 @@ class Outgoing:
             started_at=self.started_at,
             finished_at=now,
         )
+
+
+def slot_size(engine: Engine, copy_tokens: int) -> int:
+    """KV positions of one slot: whole pages of what is copied in one step, within its bytes."""
+    tokens = min(copy_tokens, max(SLOT_BYTES // engine.token_bytes, 1))
+    return max(engine.page_size, tokens // engine.page_size * engine.page_size)
+
+
+def reservation(engine: Engine, move: Outgoing, transport: str, fingerprint: str) -> Reserve:
+    """What a target is asked with, and all it needs to make the same request."""
+    request, prompt = engine.describe(move.req)
+    return Reserve(
+        route=move.route,
+        source=move.source,
+        home=move.home,
+        fingerprint=fingerprint,
+        client_rid=move.client_rid,
+        request=request,
+        prompt_ids=prompt,
+        weights=engine.weights(),
+        context_tokens=engine.tokens(move.req),
+        max_new_tokens=engine.max_new_tokens(move.req),
+        moves=star_of(move.req).moves,
+        reason=move.reason,
+        transport=transport,
+        transport_setup=move.carrier.setup,
+    )

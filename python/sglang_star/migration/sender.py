@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine, Request
-from sglang_star.errors import NotMovable, OrderRefused, PeerError
+from sglang_star.errors import OrderRefused, PeerError
 from sglang_star.faults import Faults
 from sglang_star.migration.cargo import Cargo
 from sglang_star.migration.home import Home
-from sglang_star.migration.outgoing import SLOTS, Outgoing
+from sglang_star.migration.movable import check
+from sglang_star.migration.outgoing import SLOTS, Outgoing, reservation, slot_size
 from sglang_star.migration.post import Post
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Sending, SendingEvent
@@ -30,7 +31,6 @@ from sglang_star.protocol import (
     Peer,
     Refused,
     Release,
-    Reserve,
     Reserved,
     TokenChunk,
 )
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
-
-SLOT_BYTES = 16 << 20
-MIN_OUTPUT_TOKENS = 2
-"""A request moves only once it decodes steadily: SGLang's overlap treats the first steps apart."""
 
 
 class Sender:
@@ -104,8 +100,19 @@ class Sender:
         Raises:
             OrderRefused: it cannot start; the request is untouched.
         """
-        self._check(req, target)
-        slot_tokens = self._slot_tokens()
+        if target.instance_id == self._post.peer.instance_id:
+            raise OrderRefused(
+                f"{req.rid} already runs on {target.instance_id}", hint="name another instance"
+            )
+        if any(move.req is req for move in self.moves.values()):
+            raise OrderRefused(f"{req.rid} is already moving", hint="wait until that move ends")
+        check(self._engine, req)
+        if len(self.moves) >= self._config.max_moves:
+            raise OrderRefused(
+                f"{len(self.moves)} moves are under way from here, the most allowed",
+                hint="retry later, or raise --star-max-moves",
+            )
+        slot_tokens = slot_size(self._engine, self._config.copy_tokens_per_step)
         try:
             carrier = carrier_named(self._config.transport).send(
                 SLOTS, slot_tokens * self._engine.token_bytes
@@ -130,55 +137,12 @@ class Sender:
             started_at=self._engine.wall(),
             hold_at=None if hold_after is None else len(req.output_ids) + hold_after,
         )
-        request, prompt = self._engine.describe(req)
         self.moves[move.migration_id] = move
         self._log.clock(req)
-        self._send(
-            Reserve(
-                route=move.route,
-                source=self._post.peer,
-                home=home,
-                fingerprint=self._fingerprint,
-                client_rid=client_rid,
-                request=request,
-                prompt_ids=prompt,
-                weights=self._engine.weights(),
-                context_tokens=self._engine.tokens(req),
-                max_new_tokens=self._engine.max_new_tokens(req),
-                moves=star_of(req).moves,
-                reason=reason,
-                transport=self._config.transport,
-                transport_setup=carrier.setup,
-            ),
-            move,
-        )
+        self._send(reservation(self._engine, move, self._config.transport, self._fingerprint), move)
         if move.held:
             self._park(move)
         return move
-
-    def _check(self, req: Request, target: Peer) -> None:
-        if target.instance_id == self._post.peer.instance_id:
-            raise OrderRefused(
-                f"{req.rid} already runs on {target.instance_id}", hint="name another instance"
-            )
-        if self._engine.unsupported:
-            raise NotMovable(self._engine.unsupported)
-        why = self._engine.pinned(req)
-        if why:
-            raise NotMovable(f"{req.rid} cannot move: it uses {why}")
-        if any(move.req is req for move in self.moves.values()):
-            raise OrderRefused(f"{req.rid} is already moving", hint="wait until that move ends")
-        if self._engine.is_ending(req):
-            raise OrderRefused(f"{req.rid} is about to end")
-        if not self._engine.is_running(req) or len(req.output_ids) < MIN_OUTPUT_TOKENS:
-            raise OrderRefused(
-                f"{req.rid} is not decoding steadily yet", hint="retry in a few steps"
-            )
-        if len(self.moves) >= self._config.max_moves:
-            raise OrderRefused(
-                f"{len(self.moves)} moves are under way from here, the most allowed",
-                hint="retry later, or raise --star-max-moves",
-            )
 
     # ------------------------------------------------------------------ tick
 
@@ -365,12 +329,6 @@ class Sender:
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
 
     # ------------------------------------------------------------------ small things
-
-    def _slot_tokens(self) -> int:
-        page = self._engine.page_size
-        fits = SLOT_BYTES // self._engine.token_bytes
-        tokens = min(self._config.copy_tokens_per_step, max(fits, 1))
-        return max(page, tokens // page * page)
 
     def _new_stream(self) -> str:
         self._streams += 1

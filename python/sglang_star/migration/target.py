@@ -13,6 +13,7 @@ from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import OrderRefused, PeerError, StarError
 from sglang_star.faults import Faults
+from sglang_star.migration import admission
 from sglang_star.migration.home import Home
 from sglang_star.migration.host import Guest, Host
 from sglang_star.migration.incoming import Homecoming, Incoming, Newcomer
@@ -20,7 +21,6 @@ from sglang_star.migration.post import Post
 from sglang_star.migration.states import ReceivingEvent
 from sglang_star.migration.transport import carrier as carrier_named
 from sglang_star.protocol import (
-    DRAIN,
     Commit,
     Inserted,
     MoveMessage,
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 GUEST_PREFIX = "star-guest-"
 """Of the rids of guests; abort matches by prefix, so what follows is unique in itself."""
-HEADROOM_TOKENS = 64
-"""Free KV a target keeps beyond a guest's context, so that it can decode at all."""
 
 
 class Target:
@@ -95,7 +93,12 @@ class Target:
     def _admit(self, message: Reserve) -> Incoming:
         if message.stream_id in self.moves or message.stream_id in self._host.by_stream:
             raise OrderRefused("this stream is already here")
-        self._check(message)
+        if self.draining:
+            raise OrderRefused("this instance is draining")
+        if len(self.moves) + len(self._host.by_stream) >= self._config.max_guests:
+            raise OrderRefused("as many guests as --star-max-guests allows are here")
+        admission.check_kind(self._engine, message, self._fingerprint)
+        admission.check_room(self._engine, message, [m.reserve for m in self.moves.values()])
         carrier = partial(carrier_named(message.transport).receive, message.transport_setup)
         deadline = self._engine.now() + self._config.move_deadline_s
         if message.home != self._post.peer:
@@ -112,36 +115,6 @@ class Target:
             shadow=shadow,
         )
 
-    def _check(self, message: Reserve) -> None:
-        engine = self._engine
-        if message.fingerprint != self._fingerprint:
-            raise OrderRefused(
-                "another model, dtype, page size, parallelism or release runs here",
-                hint="compare star.fingerprint in both instances' /server_info",
-            )
-        self._check_weights(message.weights)
-        if engine.is_paused():
-            raise OrderRefused("this instance is paused")
-        if self.draining:
-            raise OrderRefused("this instance is draining")
-        if len(self.moves) + len(self._host.by_stream) >= self._config.max_guests:
-            raise OrderRefused("as many guests as --star-max-guests allows are here")
-        if not engine.has_slot(len(self.moves)):
-            raise OrderRefused("no request slot is free")
-        if waiting := engine.retracted():
-            raise OrderRefused(f"KV memory is full: {waiting} requests wait for it here")
-        promised = sum(move.reserve.context_tokens for move in self.moves.values())
-        kept = HEADROOM_TOKENS
-        # Off an instance that is to go: better here and retracted than lost with it.
-        if message.reason != DRAIN:
-            kept = max(kept, engine.kept_free(len(self.moves) + 1))
-        free = engine.free_tokens()
-        if free - promised < message.context_tokens + kept:
-            raise OrderRefused(
-                f"KV memory is full: {free} tokens free, {promised} of them promised, "
-                f"{kept} kept for requests to grow"
-            )
-
     def _rebuild(self, move: Newcomer) -> None:
         self._rebuilding.add(move.rid)
         try:
@@ -151,14 +124,6 @@ class Target:
                 self._rebuilding.discard(move.rid)
         if move.req is None and move.rid not in self._rebuilding:
             raise OrderRefused("the target's SGLang does not accept the request")
-
-    def _check_weights(self, theirs: str) -> None:
-        ours = self._engine.weights()
-        if theirs != ours:
-            raise OrderRefused(
-                f"KV of weights {theirs!r} is of no use here, where they are {ours!r}",
-                hint="update the weights of all instances",
-            )
 
     def rebuilt(self, req: Request) -> bool:
         """The engine is about to queue ``req``; keep it if we asked for it.
@@ -253,7 +218,7 @@ class Target:
         req = move.req
         assert req is not None, "pages came for a request that is not there"
         try:
-            self._check_weights(commit.weights)
+            admission.check_weights(self._engine, commit.weights)
             match move:
                 case Homecoming() if len(req.output_ids) < len(commit.output_ids):
                     return  # the last tokens of an earlier host may come after its successor's
