@@ -15,7 +15,8 @@ from sglang_star.engine.real import SglangEngine
 from sglang_star.engine.verbs import Request
 from sglang_star.faults import Faults
 from sglang_star.identity import fingerprint_of, host_token
-from sglang_star.migration.links import Links, Order
+from sglang_star.migration.links import Links
+from sglang_star.migration.mailbox import Order
 from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
 from sglang_star.migration.transport import sweep
@@ -62,11 +63,18 @@ class Instance:
         )
         if left := sweep():
             logger.info("STAR removed %d segments that killed engines had left", len(left))
+        self._mail = self._links.mail
         self._faults = Faults()
         self._timer = StepTimer()
         self._mover = Mover(engine, self._links, config, fingerprint, self._faults)
         self._status = StatusReporter(
-            scheduler, engine, self._links.peer, self._mover, self._timer, self._faults
+            scheduler,
+            engine,
+            self._links.peer,
+            self._mover,
+            self._timer,
+            self._faults,
+            self._links.dropped,
         )
         self._next_status = 0.0
         self._watched: frozenset[tuple[Peer, str]] = frozenset()
@@ -92,7 +100,7 @@ class Instance:
         )
         self.order_address = self._links.order_address
         if scheduler.idle_sleeper is not None:
-            scheduler.idle_sleeper.poller.register(self._links.wake.fd, zmq.POLLIN)
+            scheduler.idle_sleeper.poller.register(self._mail.wake.fd, zmq.POLLIN)
         logger.info(
             "STAR %s: instance %s, status %s, migration %s",
             __version__,
@@ -120,7 +128,7 @@ class Instance:
                 self._links.publish(self._status.snapshot())
 
     def _receive(self, *, urgent_only: bool = False) -> None:
-        while (item := self._links.take(urgent_only=urgent_only)) is not None:
+        while (item := self._mail.take(urgent_only=urgent_only)) is not None:
             if isinstance(item, Order):
                 with self._faults.contained("an order"):
                     self._links.reply(item, self._orders.obey(item.message))
@@ -139,8 +147,8 @@ class Instance:
         running = device.pending(queue[-1][1])
         until = time.monotonic() + HOLD_SHARE * self._timer.ema_ms / 1e3
         while self._mover.target.expecting() and time.monotonic() < until and running():
-            if self._links.idle():
-                self._links.wait(POLL_S)
+            if self._mail.is_empty():
+                self._mail.wait(POLL_S)
             self._receive()
             self._mover.flush()
 
@@ -148,8 +156,8 @@ class Instance:
         """Pass tokens on to our clients while the device works on ``result``."""
         running = device.pending(result)
         while self._mover.under_way and running():
-            if self._links.idle() or not self._links.urgent:
-                self._links.wait(POLL_S)
+            if self._mail.is_empty() or not self._mail.is_urgent():
+                self._mail.wait(POLL_S)
             self._receive(urgent_only=True)
             self._mover.flush()
         device.settle(result)
@@ -175,11 +183,11 @@ class Instance:
 
     def may_sleep(self) -> bool:
         """Whether nothing waits for the next tick; call before anything that polls for work."""
-        return self._links.idle()
+        return self._mail.is_empty()
 
     def wait(self) -> None:
         """Sleep until a message arrives or a short moment has passed."""
-        self._links.wait(0.005)
+        self._mail.wait(0.005)
 
     def queued(self, req: Req, *, is_retracted: bool) -> bool:
         """SGLang is about to queue ``req``; True if it is ours to keep."""

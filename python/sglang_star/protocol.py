@@ -124,6 +124,7 @@ class InstanceStatus(Message, frozen=True):
         paced_late: forwards that took longer than the card they are paced to would have.
         armed: orders that wait for their request to come to its token.
         faults: defects that cost a message, a move or an order, by what was being done.
+        dropped: messages lost here, by why: not understood, or too many.
     """
 
     instance_id: str
@@ -150,6 +151,7 @@ class InstanceStatus(Message, frozen=True):
     paced_late: int = 0
     armed: int = 0
     faults: dict[str, int] = {}
+    dropped: dict[str, int] = {}
 
 
 class Advertisement(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,6 +78,7 @@ class StatusReporter:
         mover: Mover,
         timer: StepTimer,
         faults: Faults,
+        dropped: Mapping[str, int],
     ) -> None:
         self._scheduler = scheduler
         self._engine = engine
@@ -89,6 +90,7 @@ class StatusReporter:
         self._log = mover.log
         self._armed = mover.armed
         self._faults = faults
+        self._dropped = dropped
         self._timer = timer
         self._sequence = 0
         self.retractions = 0
@@ -132,6 +134,7 @@ class StatusReporter:
             paced_late=paced.late,
             armed=len(self._armed),
             faults=dict(self._faults.counts),
+            dropped=dict(self._dropped),
         )
 
     def _running(self) -> Iterator[Req]:

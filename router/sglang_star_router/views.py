@@ -131,6 +131,10 @@ def fleet_metrics(
                   [((m.name, what), count) for m in members if m.status
                    for what, count in m.status.faults.items()],
                   ("instance", "what"))  # fmt: skip
+    yield counter("dropped_messages", "Messages between instances lost at either end.",
+                  [((m.name, why), count) for m in members if m.status
+                   for why, count in m.status.dropped.items()],
+                  ("instance", "why"))  # fmt: skip
     band = cluster.lengths.band
     yield counter("predictor_judged", "Requests that ended and had an estimate.",
                   [((), band.judged)], ())  # fmt: skip

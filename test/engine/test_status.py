@@ -87,7 +87,7 @@ def reporter(scheduler: Any, free: int, monkeypatch: pytest.MonkeyPatch, *arrivi
         armed=ArmedOrders(),
     )
     return status.StatusReporter(
-        scheduler, engine, PEER, mover, status.StepTimer(), Faults()
+        scheduler, engine, PEER, mover, status.StepTimer(), Faults(), {}
     ).snapshot()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang_star.migration.connection import GONE_S
-from sglang_star.migration.links import URGENT
+from sglang_star.migration.mailbox import URGENT
 from sglang_star.migration.post import PeerLost
 from sglang_star.migration.watch import Watch
 from sglang_star.protocol import Heartbeat, Peer

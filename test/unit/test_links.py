@@ -10,7 +10,9 @@ import pytest
 import zmq
 
 from sglang_star.errors import ConfigError
-from sglang_star.migration.links import URGENT, Links, Order, PeerLost
+from sglang_star.migration.links import Links
+from sglang_star.migration.mailbox import MAX_WAITING, URGENT, Mailbox, Order
+from sglang_star.migration.post import PeerLost
 from sglang_star.protocol import (
     Heartbeat,
     InstanceStatus,
@@ -57,7 +59,7 @@ def make() -> Iterator[Callable[..., Links]]:
 def wait_for(links: Links, kind: type[Any], *, never: type[Any] | tuple[()] = ()) -> Any:
     deadline = time.monotonic() + HANGS_S
     while time.monotonic() < deadline:
-        item = links.take()
+        item = links.mail.take()
         assert not isinstance(item, never), item
         if isinstance(item, kind):
             return item
@@ -82,13 +84,13 @@ def test_urgent_messages_overtake_the_others(make: Callable[..., Links]) -> None
     for message in (plain, *urgent):
         a.send(b.peer, message)
     deadline = time.monotonic() + HANGS_S
-    while len(b.urgent) < len(urgent) and time.monotonic() < deadline:
-        b.wait(0.01)
-    assert not b.idle()
-    assert [b.take(urgent_only=True) for _ in urgent] == urgent
-    assert b.take(urgent_only=True) is None
-    assert b.take() == plain
-    assert b.idle()
+    while len(b.mail._urgent) < len(urgent) and time.monotonic() < deadline:
+        b.mail.wait(0.01)
+    assert not b.mail.is_empty()
+    assert [b.mail.take(urgent_only=True) for _ in urgent] == urgent
+    assert b.mail.take(urgent_only=True) is None
+    assert b.mail.take() == plain
+    assert b.mail.is_empty()
 
 
 class Clock:
@@ -158,7 +160,7 @@ def test_silence_loses_a_peer_once(make: Callable[..., Links], clock: Clock, mut
     watch(a, mute.peer)
     begun = clock.now
     mute.beats(1)
-    while (item := a.take()) is None:
+    while (item := a.mail.take()) is None:
         clock.now += BEAT_S
         time.sleep(0.002)
     assert item == PeerLost(mute.peer, f"silent for {TIMEOUT_S:g} s")
@@ -179,7 +181,7 @@ def test_who_did_not_listen_calls_nobody_silent(
     mute.beats(1)
     clock.now += 100 * TIMEOUT_S
     mute.beats(1)
-    assert a.take() is None
+    assert a.mail.take() is None
 
 
 def test_a_peer_whose_process_is_gone_is_lost_before_the_time_out(
@@ -205,7 +207,7 @@ def test_a_peer_that_is_not_watched_may_go(make: Callable[..., Links]) -> None:
     while a._connections and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not a._connections, "it goes on trying to reach who is gone"
-    while (item := a.take()) is not None:
+    while (item := a.mail.take()) is not None:
         assert not isinstance(item, PeerLost), item
 
 
@@ -243,6 +245,21 @@ def test_garbage_is_counted_and_dropped(make: Callable[..., Links]) -> None:
     assert b.dropped == {"MalformedMessage": 3, "VersionMismatch": 1}
 
 
+def test_only_so_many_messages_wait() -> None:
+    mail = Mailbox()
+    [urgent] = [m for m in MESSAGES if isinstance(m, URGENT)][:1]
+    order = Order(b"", StatusOrder(order_id=1))
+    lost = PeerLost(Peer(instance_id="b", incarnation=1, address="tcp://127.0.0.1:1"), "gone")
+    for _ in range(MAX_WAITING):
+        assert mail.put(order)
+        assert mail.put(urgent)
+    assert not mail.put(order)
+    assert not mail.put(urgent)
+    assert mail.put(lost), "whose loss is not noticed would be waited for"
+    assert mail.take() == urgent
+    assert mail.put(urgent)
+
+
 def test_orders_are_answered_and_the_wake_up_clears(make: Callable[..., Links]) -> None:
     links = make("a")
     context = zmq.Context()
@@ -253,8 +270,8 @@ def test_orders_are_answered_and_the_wake_up_clears(make: Callable[..., Links]) 
     links.reply(order, OrderReply(order_id=4, payload=b"{}"))
     assert dealer.poll(int(HANGS_S * 1e3))
     assert decode(dealer.recv()) == OrderReply(order_id=4, payload=b"{}")
-    links.wake.clear()
-    links.wake.clear()
+    links.mail.wake.clear()
+    links.mail.wake.clear()
     dealer.close(linger=0)
     context.term()
 

@@ -14,79 +14,39 @@ starved or cut off. Heartbeats do not wait for the scheduler, so a busy peer is 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import select
 import shutil
 import tempfile
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
 
 import zmq
 
 from sglang_star import owned
 from sglang_star.errors import ConfigError, ProtocolError
 from sglang_star.migration.connection import Connection
+from sglang_star.migration.mailbox import MAX_WAITING, Mailbox, Order, Wake
 from sglang_star.migration.post import PeerLost
 from sglang_star.migration.watch import Watch
-from sglang_star.protocol import (
-    Heartbeat,
-    Inserted,
-    Message,
-    PagesTaken,
-    Peer,
-    Reserved,
-    Tokens,
-    decode,
-    encode,
-)
+from sglang_star.protocol import Heartbeat, Message, Peer, decode, encode
 
 logger = logging.getLogger(__name__)
 
 FOLDER_PREFIX = "star-orders-"
 """Of the folder in the temporary directory that holds an instance's order socket."""
 MAX_MESSAGE_BYTES = 64 << 20
-URGENT = (Tokens, Inserted, Reserved, PagesTaken)
-"""What may be handled while a decode step runs, since it touches no request that is in it: a
-relayed token need not wait for home's own step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """An order from this instance's HTTP process; answered with :meth:`Links.reply`."""
-
-    sender: bytes
-    message: Message
-
-
-class Wake:
-    """An eventfd: set by one thread, waited for by another thread's poller."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def set(self) -> None:
-        """Make :attr:`fd` readable."""
-        os.eventfd_write(self.fd, 1)
-
-    def clear(self) -> None:
-        """Make it unreadable again."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
 
 
 class Links:
     """All traffic of one instance: peers, status subscribers, and its own HTTP process.
 
     Attributes:
-        inbox: messages, :class:`Order` and :class:`PeerLost`, taken by the scheduler thread at a
-            step boundary; urgent: :data:`URGENT` messages, taken while a step runs as well.
+        mail: messages, orders and lost peers, taken by the scheduler thread.
         peer: how others reach this instance; status_address, order_address: the other endpoints.
-        wake: readable while the inbox may hold something.
-        dropped: counts of bytes that were not understood, by error name.
+        dropped: counts of what was lost here, by reason: bytes that were not understood, by the
+            name of the error; messages too many, in or out.
     """
 
     def __init__(
@@ -101,9 +61,7 @@ class Links:
         heartbeat_s: float,
         timeout_s: float,
     ) -> None:
-        self.inbox: deque[Message | Order | PeerLost] = deque()
-        self.urgent: deque[Message] = deque()
-        self.wake = Wake()
+        self.mail = Mailbox()
         self.dropped: Counter[str] = Counter()
         self._heartbeat_s = heartbeat_s
         self._timeout_s = timeout_s
@@ -153,42 +111,27 @@ class Links:
 
     def send(self, peer: Peer, message: Message) -> None:
         """Queue a message; it is lost silently only if the peer is gone."""
-        self._outbox.append((peer.address, encode(message)))
-        self._outbox_wake.set()
+        self._post(peer.address, message)
 
     def publish(self, message: Message) -> None:
         """Queue a status for all subscribers."""
-        self._outbox.append(("", encode(message)))
-        self._outbox_wake.set()
+        self._post("", message)
 
     def reply(self, order: Order, answer: Message) -> None:
         """Answer an order."""
-        self._outbox.append((order.sender, encode(answer)))
-        self._outbox_wake.set()
+        self._post(order.sender, answer)
+
+    def _post(self, to: str | bytes, message: Message) -> None:
+        if len(self._outbox) < MAX_WAITING:
+            self._outbox.append((to, encode(message)))
+            self._outbox_wake.set()
+        else:
+            self.dropped["outbox full"] += 1
 
     def watch(self, peers: dict[str, tuple[Peer, frozenset[str]]]) -> None:
         """Set the peers to exchange heartbeats with: address -> (peer, live stream ids)."""
         self._watch.set(peers, time.monotonic())
         self._outbox_wake.set()
-
-    def take(self, *, urgent_only: bool = False) -> Message | Order | PeerLost | None:
-        """Pop the oldest item, urgent ones first."""
-        if self.urgent:
-            return self.urgent.popleft()
-        return self.inbox.popleft() if self.inbox and not urgent_only else None
-
-    def idle(self) -> bool:
-        """Whether there is nothing to take; call before anything that waits for :attr:`wake`.
-
-        A set wake-up whose messages were already taken would end every wait at once: it is
-        cleared first and the queues looked at afterwards, so that no message is slept over.
-        """
-        self.wake.clear()
-        return not self.inbox and not self.urgent
-
-    def wait(self, seconds: float) -> None:
-        """Sleep until a message arrives, or for so long."""
-        select.select([self.wake.fd], [], [], seconds)
 
     def close(self) -> None:
         """Stop the thread and close every socket."""
@@ -247,7 +190,6 @@ class Links:
             connection.close()
 
     def _receive(self) -> None:
-        arrived = False
         while True:
             try:
                 data = self._pull.recv(zmq.NOBLOCK)
@@ -260,10 +202,7 @@ class Links:
                 continue
             if isinstance(message, Heartbeat):
                 self._hear(message)
-            (self.urgent if isinstance(message, URGENT) else self.inbox).append(message)
-            arrived = True
-        if arrived:
-            self.wake.set()
+            self._deliver(message)
 
     def _receive_orders(self) -> None:
         while True:
@@ -272,11 +211,15 @@ class Links:
             except zmq.ZMQError:
                 return
             try:
-                self.inbox.append(Order(sender, decode(data)))
+                order = Order(sender, decode(data))
             except ProtocolError as error:
                 self._drop(error)
-                continue
-            self.wake.set()
+            else:
+                self._deliver(order)
+
+    def _deliver(self, item: Message | Order | PeerLost) -> None:
+        if not self.mail.put(item):
+            self.dropped["inbox full"] += 1
 
     def _drop(self, error: ProtocolError) -> None:
         kind = type(error).__name__
@@ -318,8 +261,7 @@ class Links:
 
     def _lost(self, peer: Peer, why: str) -> None:
         self._disconnect(peer.address)
-        self.inbox.append(PeerLost(peer, why))
-        self.wake.set()
+        self._deliver(PeerLost(peer, why))
 
     def _heartbeat(self, to: Peer, live: frozenset[str]) -> Heartbeat:
         return Heartbeat(sender=self.peer, receiver_incarnation=to.incarnation, live=tuple(live))
