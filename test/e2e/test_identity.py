@@ -266,7 +266,7 @@ def test_moves_while_prefills_take_what_decodes_along(cluster: Cluster) -> None:
                     source, _ = await fleet.found(rid, moves=moves)
                     order = await fleet.arm(rid, source, fleet.other(source), Hop(10, None))
                     report = await fleet.report(order)
-                    assert report["outcome"] == "moved", report
+                    assert report["outcome"] == "moved", report["detail"]
                 for task in tasks:
                     task.cancel()
 
