@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_star import SGLANG_VERSION
+from sglang_star import SGLANG_RELEASES, SGLANG_VERSION
 from sglang_star.errors import HookError
 
 
@@ -39,13 +39,22 @@ class Scope(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One row: ``function`` (``module:name``) is attached to ``target`` in the given ``kind``."""
+    """One row: ``function`` (``module:name``) is attached to ``target`` in the given ``kind``.
+
+    Attributes:
+        releases: of SGLang that have the target; all of ``SGLANG_RELEASES`` if empty.
+    """
 
     scope: Scope
     target: str
     kind: str
     function: str
     why: str
+    releases: tuple[str, ...] = ()
+
+    def is_for(self, release: str) -> bool:
+        """Whether the row applies to that release of SGLang."""
+        return not self.releases or release in self.releases
 
 
 _S = "sglang.srt.managers.scheduler.Scheduler."
@@ -125,6 +134,23 @@ HOOKS: tuple[Hook, ...] = (
         "after",
         _SCHED + "create_generation_req",
         "keep the original request message: a target rebuilds the request from it",
+        releases=("0.5.23",),
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        _S + "_handle_generate_request",
+        "around",
+        _SCHED + "handle_generate_request",
+        "the original request message, for the request that is made of it",
+        releases=("0.5.22",),
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.managers.schedule_batch.Req.__init__",
+        "after",
+        _SCHED + "make_request",
+        "keep the original request message: a target rebuilds the request from it",
+        releases=("0.5.22",),
     ),
     Hook(
         Scope.SCHEDULER,
@@ -153,6 +179,15 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         _SCHED + "send_abort_output",
         "a guest that its target aborts outside the output stream is reported to its home",
+        releases=("0.5.23",),
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output",
+        "around",
+        _SCHED + "send_output",
+        "as above: every place that aborts sends the message itself",
+        releases=("0.5.22",),
     ),
     Hook(
         Scope.SCHEDULER,
@@ -285,7 +320,7 @@ _registered: set[Hook] = set()
 
 
 def install(*scopes: Scope) -> None:
-    """Register, apply and verify all rows of the given scopes in this process, once.
+    """Register, apply and verify this SGLang's rows of the given scopes in this process, once.
 
     Raises:
         HookError: naming the row that did not take effect.
@@ -294,7 +329,7 @@ def install(*scopes: Scope) -> None:
 
     installed: list[tuple[Hook, Callable[..., Any]]] = []
     for hook in HOOKS:
-        if hook.scope not in scopes or hook in _registered:
+        if hook.scope not in scopes or hook in _registered or not hook.is_for(release()):
             continue
         module, _, name = hook.function.partition(":")
         try:
@@ -309,23 +344,28 @@ def install(*scopes: Scope) -> None:
         if not _is_attached(hook.target, function):
             raise HookError(
                 f"STAR's hook on {hook.target} ({hook.why}) did not take effect",
-                hint=f"STAR needs sglang=={SGLANG_VERSION} unmodified, and no other plugin that "
+                hint=f"STAR needs sglang=={release()} unmodified, and no other plugin that "
                 "hooks the same function first",
             )
 
 
-def verify_version() -> None:
-    """Refuse any SGLang but the pinned release.
-
-    Raises:
-        HookError: naming both versions.
-    """
+def release() -> str:
+    """Return the release of the SGLang that is installed."""
     import sglang
 
-    found = sglang.__version__
-    if found != SGLANG_VERSION:
+    return str(sglang.__version__)
+
+
+def verify_version() -> None:
+    """Refuse any SGLang but the supported releases.
+
+    Raises:
+        HookError: naming these and the one that is there.
+    """
+    if release() not in SGLANG_RELEASES:
         raise HookError(
-            f"this STAR is built for SGLang {SGLANG_VERSION}, but {found} is installed",
+            f"this STAR runs in SGLang {' and '.join(SGLANG_RELEASES)}, "
+            f"but {release()} is installed",
             hint=f"pip install sglang=={SGLANG_VERSION}, or launch without --star",
         )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from sglang_star import SGLANG_VERSION, __version__
+from sglang_star import __version__, hooks
 from sglang_star.engine.pages import KvPages
 from sglang_star.status import ROLES
 
@@ -21,7 +21,7 @@ def fingerprint_of(scheduler: Scheduler, pages: KvPages) -> str:
     args, config = scheduler.server_args, scheduler.model_config
     parts = [
         __version__,
-        SGLANG_VERSION,
+        hooks.release(),
         ROLES[scheduler.disaggregation_mode],
         orjson.dumps(
             config.hf_config.to_dict(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from sglang_star import __version__
+from sglang_star import __version__, hooks
 from sglang_star.config import StarConfig
 from sglang_star.engine.real import SglangEngine
 from sglang_star.engine.verbs import Request
@@ -102,8 +102,9 @@ class Instance:
         if scheduler.idle_sleeper is not None:
             scheduler.idle_sleeper.poller.register(self._mail.wake.fd, zmq.POLLIN)
         logger.info(
-            "STAR %s: instance %s, status %s, migration %s",
+            "STAR %s in SGLang %s: instance %s, status %s, migration %s",
             __version__,
+            hooks.release(),
             self._links.peer.instance_id,
             self._links.status_address,
             self._links.peer.address,

@@ -13,6 +13,10 @@ from sglang_star.launch import ATTRIBUTE
 from sglang_star.star_request import star_of
 
 _INSTANCE = "_star"
+_scheduler: Any = None
+"""This process's, for hooks on what does not know it."""
+_message: Any = None
+"""The message that a request is being made of."""
 
 
 def init(original: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -21,6 +25,8 @@ def init(original: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: 
     if config is None:
         original(scheduler, server_args, *args, **kwargs)
         return
+    global _scheduler
+    _scheduler = scheduler
     setattr(scheduler, _INSTANCE, None)
     try:
         hooks.verify_version()
@@ -81,6 +87,24 @@ def create_generation_req(
     star_of(req).origin = recv_req
 
 
+def handle_generate_request(
+    original: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND ``Scheduler._handle_generate_request``."""
+    global _message
+    _message = recv_req
+    try:
+        original(scheduler, recv_req, *args, **kwargs)
+    finally:
+        _message = None
+
+
+def make_request(_result: None, req: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``Req.__init__``; requests that no message asks for have none."""
+    if _message is not None:
+        req._star_origin = _message
+
+
 def add_request_to_queue(
     original: Any, scheduler: Any, req: Any, is_retracted: bool = False
 ) -> None:
@@ -117,6 +141,16 @@ def send_abort_output(original: Any, scheduler: Any, abort_req: Any, req: Any) -
     star = getattr(scheduler, _INSTANCE)
     if star is None or not star.aborted(req.rid, abort_req.finished_reason):
         original(scheduler, abort_req, req)
+
+
+def send_output(original: Any, sender: Any, output: Any, recv_obj: Any = None) -> None:
+    """AROUND ``SenderWrapper.send_output``, by which aborts leave as much else does."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    star = getattr(_scheduler, _INSTANCE, None)
+    abort = output if isinstance(output, AbortReq) else None
+    if star is None or abort is None or not star.aborted(abort.rid, abort.finished_reason):
+        original(sender, output, recv_obj)
 
 
 def poll_timeout_aborts(aborts: list[Any], scheduler: Any) -> list[Any]:

@@ -26,9 +26,13 @@ PATIENT_ROUTER = (
 )
 TOOLS = ("--tool-call-parser", "qwen25")
 
-# Between them: both modes, both page sizes, overlap on and off, chains over three instances.
+# Between them: both modes, both page sizes, overlap on and off, chains over three instances,
+# prefills alone and together with what decodes.
 LAYOUTS: dict[str, dict[str, object]] = {
-    "aggregated-page1-overlap": {"aggregated": 3, "engine_arguments": (*COMMON, *PATIENT, *TOOLS)},
+    "aggregated-page1-overlap-mixed": {
+        "aggregated": 3,
+        "engine_arguments": (*COMMON, *PATIENT, *TOOLS, "--enable-mixed-chunk"),
+    },
     "aggregated-page16-sync-seeded": {
         "aggregated": 2,
         "engine_arguments": (

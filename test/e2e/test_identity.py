@@ -14,6 +14,7 @@ without moves, and these run without overlap.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from typing import Any
 
@@ -236,6 +237,40 @@ def test_seeded_sampling(cluster: Cluster, case: str) -> None:
     if "--enable-deterministic-inference" not in cluster.spec.engine_arguments:
         pytest.skip("SGLang honours seeds only with --enable-deterministic-inference")
     asyncio.run(check(cluster, SEEDED[case]))
+
+
+def test_moves_while_prefills_take_what_decodes_along(cluster: Cluster) -> None:
+    """With mixed chunks a request is in no running batch while it rides in a prefill's."""
+    if "--enable-mixed-chunk" not in cluster.spec.engine_arguments:
+        pytest.skip("prefills run alone here")
+
+    async def prefill(fleet: Fleet, url: str, seed: int) -> None:
+        """One prefill after the other, until cancelled; none finds its prompt in the cache."""
+        body = {"sampling_params": {"max_new_tokens": 1, "ignore_eos": True}}
+        for prompt in itertools.count(1000 * seed):
+            ids = [prompt % 40_000 + 5 * k for k in range(40)]
+            code, answer = await fleet.post(url + "/generate", {**body, "input_ids": ids})
+            assert code == 200, answer
+
+    async def scenario() -> None:
+        async with Fleet.connect(cluster) as fleet:
+            await fleet.settle()
+            rid = new_rid("mixed")
+            async with fleet.endless(rid), asyncio.TaskGroup() as busy:
+                tasks = [
+                    busy.create_task(prefill(fleet, url, seed))
+                    for seed in range(2)
+                    for url in fleet.engines.values()
+                ]
+                for moves in range(4):
+                    source, _ = await fleet.found(rid, moves=moves)
+                    order = await fleet.arm(rid, source, fleet.other(source), Hop(10, None))
+                    report = await fleet.report(order)
+                    assert report["outcome"] == "moved", report["detail"]
+                for task in tasks:
+                    task.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_moves_while_decoding(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_star import launch
+from sglang_star import SGLANG_RELEASES, SGLANG_VERSION, launch
 from sglang_star.engine import compat, hooked, installed, signature, source
 from sglang_star.engine.check import Finding, Kind, check
 from sglang_star.engine.contract.row import (
@@ -27,7 +27,7 @@ from sglang_star.engine.hooked import Hooked
 from sglang_star.engine.names import Names
 from sglang_star.engine.signature import Parameter, Signature
 from sglang_star.errors import ConfigError, ContractError, HookError, SetupError
-from sglang_star.hooks import Hook, Scope
+from sglang_star.hooks import HOOKS, Hook, Scope
 
 TREE = {
     "sglang/__init__.py": "from sglang.version import __version__\nEngine = lazy('x', 'Engine')\n",
@@ -290,8 +290,36 @@ def test_one_changed_file_of_the_installed_release_is_noticed(tmp_path: Path) ->
             got = real.text(module)
             return (texts.get(module, str)(got[0]), got[1]) if got else None
 
-    (finding,) = check(installed.everything(), Patched()).findings
+    (finding,) = check(installed.everything(real), Patched()).findings
     assert finding.row.path.endswith("ScheduleBatch.filter_batch")
+
+
+@pytest.mark.parametrize("release", SGLANG_RELEASES)
+def test_each_release_is_held_against_its_own_hooks(release: str, tmp_path: Path) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").write_text("")
+    (tmp_path / "sglang/_version.py").write_text(
+        f"__version__: str\n__version__ = version = '{release}'\n"
+    )
+    there = source.opened(tmp_path)
+    assert source.release_of(there) == release
+    hooked_rows = {row.path for row in installed.everything(there) if isinstance(row, Hooked)}
+    assert hooked_rows == {hook.target for hook in HOOKS if hook.is_for(release)}
+
+
+def test_a_release_that_nobody_knows_is_held_against_the_newest(tmp_path: Path) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").write_text("")
+    there = source.opened(tmp_path)
+    assert source.release_of(there) == ""
+    newest = {hook.target for hook in HOOKS if hook.is_for(SGLANG_VERSION)}
+    assert {r.path for r in installed.everything(there) if isinstance(r, Hooked)} == newest
+
+
+def test_what_differs_between_releases_is_for_releases_that_are_supported() -> None:
+    for hook in HOOKS:
+        assert set(hook.releases) <= set(SGLANG_RELEASES), hook.target
+        assert set(hook.releases) != set(SGLANG_RELEASES), f"{hook.target}: say nothing for all"
 
 
 def test_a_check_that_passed_is_remembered_until_a_file_changes(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,19 +93,21 @@ def test_a_sweep_leaves_other_users_alone(tmp_path: Path) -> None:
     assert owned.sweep(str(tmp_path), "star-kv-") == []
 
 
-def test_what_is_being_made_is_not_swept(tmp_path: Path) -> None:
-    """A sweep may see a name before its maker holds it: then the maker takes another one."""
-    over = threading.Event()
+@pytest.mark.parametrize("make", [owned.make_file, owned.make_folder])
+def test_what_is_swept_while_it_is_made_is_made_again(
+    make: Callable[[str, str], tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep may find a name before its maker holds it: then the maker takes another one."""
+    lock = fcntl.flock
+    swept: list[str] = []
 
-    def keep_sweeping() -> None:
-        while not over.is_set():
-            owned.sweep(str(tmp_path), "star-")
+    def sweep_before_the_first(descriptor: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and not swept:
+            swept.extend(owned.sweep(str(tmp_path), "star-"))
+        lock(descriptor, how)
 
-    sweeper = threading.Thread(target=keep_sweeping)
-    sweeper.start()
-    made = [make(str(tmp_path), "star-") for make in (owned.make_file, owned.make_folder) * 100]
-    over.set()
-    sweeper.join()
-    assert all(os.path.exists(path) for path, _ in made)
-    for _, descriptor in made:
-        os.close(descriptor)
+    monkeypatch.setattr(fcntl, "flock", sweep_before_the_first)
+    made, descriptor = make(str(tmp_path), "star-")
+    assert len(swept) == 1
+    assert [str(path) for path in tmp_path.iterdir()] == [made] != swept
+    os.close(descriptor)

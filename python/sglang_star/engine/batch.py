@@ -25,9 +25,30 @@ def completed_tokens(req: Req) -> int:
     return len(req.origin_input_ids) + len(req.output_ids) - 1
 
 
+def decoding(scheduler: Scheduler) -> list[Req]:
+    """Requests that decode: in the running batch, or along with a prefill in the latest step."""
+    mixed = _mixed(scheduler)
+    if mixed is None:
+        return list(scheduler.running_batch.reqs)
+    riding = {id(req) for req in mixed.decoding_reqs or ()}
+    return [*scheduler.running_batch.reqs, *(req for req in mixed.reqs if id(req) in riding)]
+
+
+def _mixed(scheduler: Scheduler) -> ScheduleBatch | None:
+    """The latest batch, if it prefilled and decoded at once (``--enable-mixed-chunk``).
+
+    The running batch is empty then: its requests are in the prefill's, which becomes part of the
+    running batch when SGLang prepares the next step.
+    """
+    last = scheduler.last_batch
+    if last is None or last is scheduler.running_batch or not last.forward_mode.is_mixed():
+        return None
+    return last
+
+
 def is_running(scheduler: Scheduler, req: Req) -> bool:
-    """Whether the request is in the running batch and will decode again."""
-    return not req.finished() and any(req is other for other in scheduler.running_batch.reqs)
+    """Whether the request decodes and will decode again."""
+    return not req.finished() and any(req is other for other in decoding(scheduler))
 
 
 def retracted(scheduler: Scheduler) -> list[Req]:
@@ -51,8 +72,10 @@ def reserve_after(scheduler: Scheduler, guests: int) -> int:
 
 
 def park(scheduler: Scheduler, req: Req) -> None:
-    """Take the request out of the running batch; a step already in flight still counts."""
-    scheduler.running_batch.filter_batch(reqs_to_exclude=[req])
+    """Take the request out of the batch it decodes in; a step already in flight still counts."""
+    for batch in (scheduler.running_batch, _mixed(scheduler)):
+        if batch is not None and any(req is other for other in batch.reqs):
+            batch.filter_batch(reqs_to_exclude=[req])
     scheduler.running_batch.batch_is_full = False
 
 

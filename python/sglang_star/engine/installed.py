@@ -10,18 +10,25 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from sglang_star import SGLANG_RELEASES, SGLANG_VERSION
 from sglang_star.engine import check, hooked
 from sglang_star.engine.check import Finding
 from sglang_star.engine.contract import ROWS
 from sglang_star.engine.contract.row import Row
-from sglang_star.engine.source import Folders, installed
+from sglang_star.engine.source import Folders, Source, installed, release_of
 from sglang_star.errors import ContractError
+from sglang_star.hooks import HOOKS
 from sglang_star.model import cache_root
 
 
-def everything() -> tuple[Row, ...]:
-    """The contract's rows and the hooks."""
-    return (*ROWS, *hooked.rows())
+def everything(source: Source) -> tuple[Row, ...]:
+    """The contract's rows and the hooks for the release that a source holds.
+
+    One that is not supported is held against the rows of the newest that is.
+    """
+    found = release_of(source)
+    known = found if found in SGLANG_RELEASES else SGLANG_VERSION
+    return (*ROWS, *hooked.rows(tuple(hook for hook in HOOKS if hook.is_for(known))))
 
 
 def verify() -> None:
@@ -44,7 +51,8 @@ def verify() -> None:
 @functools.cache
 def known_findings() -> tuple[Finding, ...]:
     """What is wrong with the installed SGLang; looked up once, forks know it from their parent."""
-    return checked(installed(), everything(), cache_root() / "contract.json")
+    source = installed()
+    return checked(source, everything(source), cache_root() / "contract.json")
 
 
 def checked(source: Folders, rows: Iterable[Row], memory: Path) -> tuple[Finding, ...]:

@@ -72,7 +72,7 @@ class SglangEngine:
     def has_slot(self, arriving: int) -> bool:
         """See :class:`Engine`."""
         scheduler = self._scheduler
-        busy = len(scheduler.running_batch.reqs) + arriving
+        busy = len(batch.decoding(scheduler)) + arriving
         return busy < scheduler.max_running_requests and bool(
             scheduler.req_to_token_pool.free_slots
         )
@@ -89,7 +89,7 @@ class SglangEngine:
 
     def running(self) -> Sequence[Req]:
         """See :class:`Engine`."""
-        return self._scheduler.running_batch.reqs
+        return batch.decoding(self._scheduler)
 
     def is_running(self, req: Req) -> bool:
         """See :class:`Engine`."""

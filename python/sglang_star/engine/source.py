@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import zipfile
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,15 @@ class Source(Protocol):
 
     def text(self, module: str) -> tuple[str, bool] | None:
         """Text of a module and whether it is a package; None if it has no such module."""
+
+
+def release_of(source: Source) -> str:
+    """The release of SGLang that a source holds, as it says itself; empty if it does not."""
+    text = source.text("sglang._version")
+    said = re.search(
+        r"^__version__ = .*?['\"]([\w.+]+)['\"]", text[0] if text else "", re.MULTILINE
+    )
+    return said[1] if said else ""
 
 
 class Folders:

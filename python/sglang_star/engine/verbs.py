@@ -74,10 +74,10 @@ class Engine(Protocol):
     # ------------------------------------------------------------------ requests
 
     def running(self) -> Sequence[Request]:
-        """Those in the running batch."""
+        """Those that decode, in whatever batch they are between two steps."""
 
     def is_running(self, req: Request) -> bool:
-        """Whether the request is in the running batch and will decode again."""
+        """Whether the request decodes and will decode again."""
 
     def is_ending(self, req: Request) -> bool:
         """Whether the request will end with its next result, whatever that is."""
@@ -142,7 +142,13 @@ class Engine(Protocol):
         """Positions it has KV memory for."""
 
     def extend(self, req: Request, length: int) -> bool:
-        """Allocate KV for positions ``[0, length)``; False if memory is full."""
+        """Allocate KV for positions ``[0, length)``; False if memory is full.
+
+        The grammar of a guest takes in what it is known to have put out there.
+
+        Raises:
+            OrderRefused: its grammar does not accept that.
+        """
 
     def scatter(self, req: Request, start: int, end: int, slot: Any) -> None:
         """Copy a carrier's slot into KV of positions ``[start, end)``.
@@ -152,7 +158,11 @@ class Engine(Protocol):
         """
 
     def adopt(self, req: Request, output_ids: Sequence[int]) -> None:
-        """Give a rebuilt request the output it has had elsewhere."""
+        """Give a rebuilt request the output it has had elsewhere.
+
+        Raises:
+            OrderRefused: its grammar does not accept it.
+        """
 
     def join(self, req: Request, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
         """Let a request whose KV is complete decode here from the next step on.

@@ -23,7 +23,8 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Attribute(_B + ".batch_is_full", "there is room again once a request left", _HERE),
     Attribute(_B + ".device", "where penalties are kept", "engine.penalties engine.pages"),
-    Attribute(_B + ".forward_mode", "whether a step was a decode step", "scheduler"),
+    Attribute(_B + ".forward_mode", "whether a step was a decode step", "scheduler engine.batch"),
+    Attribute(_B + ".decoding_reqs", "requests that decode beside a prefill", _HERE),
     Function(_B + ".is_empty", "whether there is a batch to join", _HERE),
     Function(_B + ".filter_batch", "takes a parked request out", _HERE, takes="*, reqs_to_exclude"),
     Function(_B + ".merge_batch", "lets a request join", _HERE, takes="other"),
@@ -45,6 +46,7 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Attribute(_PENALTIES + ".is_required", "whether any request has penalties", "engine.penalties"),
     Function(_MODE + ".is_decode", "step times are those of decode steps", "scheduler"),
+    Function(_MODE + ".is_mixed", "a prefill's batch may decode the running requests", _HERE),
     Function(_MODE + ".is_extend", "a modelled prefill takes another time", "platform.paced"),
     # Penalties, written at once instead of token by token.
     Attribute(_B + ".enable_overlap", "penalties lag one token behind then", _PEN),

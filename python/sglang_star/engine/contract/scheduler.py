@@ -30,7 +30,9 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_S + ".max_running_requests", "most requests in a batch", "engine.real"),
     # The batch.
     Attribute(_S + ".running_batch", "requests leave it and join it", "engine.batch status"),
-    Attribute(_S + ".last_batch", "its requests are reported", "status"),
+    Attribute(
+        _S + ".last_batch", "its requests are reported, and may be running", "status engine.batch"
+    ),
     Attribute(_S + ".waiting_queue", "requests that wait, or are to join", "status"),
     Attribute(_S + ".result_queue", "steps in flight under overlap", "instance"),
     Attribute(_S + ".future_map", "where a joining request's next input goes", "engine.batch"),
