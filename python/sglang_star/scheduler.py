@@ -102,7 +102,7 @@ def handle_generate_request(
 def make_request(_result: None, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Req.__init__``; requests that no message asks for have none."""
     if _message is not None:
-        req._star_origin = _message
+        star_of(req).origin = _message
 
 
 def add_request_to_queue(

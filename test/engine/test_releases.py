@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sglang_star.star_request import star_of
+
 pytestmark = pytest.mark.engine
 
 scheduler = pytest.importorskip("sglang_star.scheduler")
@@ -22,8 +24,8 @@ def test_a_request_keeps_the_message_it_is_made_of() -> None:
 
     scheduler.handle_generate_request(build, None, "message", mm_input_error="message")
     scheduler.make_request(None, later, "rid")
-    assert made._star_origin == "message"
-    assert not hasattr(later, "_star_origin")
+    assert star_of(made).origin == "message"
+    assert star_of(later).origin is None
 
 
 def test_a_message_that_cannot_be_taken_is_forgotten() -> None:
@@ -34,7 +36,7 @@ def test_a_message_that_cannot_be_taken_is_forgotten() -> None:
         scheduler.handle_generate_request(refuse, None, "message")
     later = SimpleNamespace()
     scheduler.make_request(None, later, "rid")
-    assert not hasattr(later, "_star_origin")
+    assert star_of(later).origin is None
 
 
 def test_only_the_end_of_a_guest_is_kept_from_the_tokenizer(
