@@ -12,7 +12,7 @@ from sglang_star.errors import StarError
 from sglang_star.launch import ATTRIBUTE
 from sglang_star.star_request import star_of
 
-_INSTANCE = "_star"
+_EXTENSION = "_star"
 _scheduler: Any = None
 """This process's, for hooks on what does not know it."""
 _message: Any = None
@@ -27,14 +27,14 @@ def init(original: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: 
         return
     global _scheduler
     _scheduler = scheduler
-    setattr(scheduler, _INSTANCE, None)
+    setattr(scheduler, _EXTENSION, None)
     try:
         hooks.verify_version()
         hooks.install(hooks.Scope.SCHEDULER)
         original(scheduler, server_args, *args, **kwargs)
-        from sglang_star.instance import Instance
+        from sglang_star.extension import Extension
 
-        setattr(scheduler, _INSTANCE, Instance(scheduler, config))
+        setattr(scheduler, _EXTENSION, Extension(scheduler, config))
     except StarError as error:
         # SystemExit passes SGLang's own handler, so that ours is the last readable line.
         print(f"STAR: {error}", file=sys.stderr, flush=True)
@@ -45,7 +45,7 @@ def get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """AFTER ``Scheduler.get_init_info``."""
     from msgspec import structs
 
-    star = getattr(scheduler, _INSTANCE)
+    star = getattr(scheduler, _EXTENSION)
     info["star"] = structs.asdict(star.advertisement)
     info["star_order_address"] = star.order_address
     return info
@@ -61,7 +61,7 @@ def get_output_streamer_class(base: Any, scheduler: Any) -> Any:
         has_additional_customized_info = True
 
         def stream_output(self, reqs: Any, return_logprob: bool, skip_req: Any = None) -> None:
-            star = getattr(scheduler, _INSTANCE)
+            star = getattr(scheduler, _EXTENSION)
             own = star.emit(reqs) if star is not None else reqs
             if own or not reqs:
                 base.stream_output(self, own, return_logprob, skip_req)
@@ -77,7 +77,7 @@ def get_output_streamer_class(base: Any, scheduler: Any) -> Any:
 
 def ingest_requests(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Scheduler.ingest_requests``."""
-    getattr(scheduler, _INSTANCE).tick()
+    getattr(scheduler, _EXTENSION).tick()
 
 
 def create_generation_req(
@@ -109,7 +109,7 @@ def add_request_to_queue(
     original: Any, scheduler: Any, req: Any, is_retracted: bool = False
 ) -> None:
     """AROUND ``Scheduler._add_request_to_queue``."""
-    star = getattr(scheduler, _INSTANCE)
+    star = getattr(scheduler, _EXTENSION)
     if star is None or not star.queued(req, is_retracted=is_retracted):
         original(scheduler, req, is_retracted)
 
@@ -123,14 +123,14 @@ def abort_request(scheduler: Any, recv_req: Any) -> None:
     # As SGLang answers: whatever has a message, such as a time-out, is the server's doing.
     message = recv_req.abort_message
     reason = {"message": message, "status_code": HTTPStatus.SERVICE_UNAVAILABLE} if message else {}
-    getattr(scheduler, _INSTANCE).abort(wanted, reason)
+    getattr(scheduler, _EXTENSION).abort(wanted, reason)
 
 
 def pause_generation(original: Any, scheduler: Any, recv_req: Any) -> None:
     """AROUND ``Scheduler.pause_generation``."""
     pause_req = recv_req
     if pause_req.mode == "retract":
-        star = getattr(scheduler, _INSTANCE)
+        star = getattr(scheduler, _EXTENSION)
         star.recomputing(lambda: original(scheduler, pause_req))
     else:
         original(scheduler, pause_req)
@@ -138,7 +138,7 @@ def pause_generation(original: Any, scheduler: Any, recv_req: Any) -> None:
 
 def send_abort_output(original: Any, scheduler: Any, abort_req: Any, req: Any) -> None:
     """AROUND ``Scheduler.send_abort_output``."""
-    star = getattr(scheduler, _INSTANCE)
+    star = getattr(scheduler, _EXTENSION)
     if star is None or not star.aborted(req.rid, abort_req.finished_reason):
         original(scheduler, abort_req, req)
 
@@ -147,7 +147,7 @@ def send_output(original: Any, sender: Any, output: Any, recv_obj: Any = None) -
     """AROUND ``SenderWrapper.send_output``, by which aborts leave as much else does."""
     from sglang.srt.managers.io_struct import AbortReq
 
-    star = getattr(_scheduler, _INSTANCE, None)
+    star = getattr(_scheduler, _EXTENSION, None)
     abort = output if isinstance(output, AbortReq) else None
     if star is None or abort is None or not star.aborted(abort.rid, abort.finished_reason):
         original(sender, output, recv_obj)
@@ -160,7 +160,7 @@ def poll_timeout_aborts(aborts: list[Any], scheduler: Any) -> list[Any]:
 
     limit_s = envs.SGLANG_REQ_RUNNING_TIMEOUT.get()
     if limit_s > 0:
-        overdue = getattr(scheduler, _INSTANCE).overdue(time.perf_counter() - limit_s)
+        overdue = getattr(scheduler, _EXTENSION).overdue(time.perf_counter() - limit_s)
         message = "Request running timeout reached."
         aborts.extend(AbortReq(rid=rid, abort_message=message) for rid in overdue)
     return aborts
@@ -168,13 +168,13 @@ def poll_timeout_aborts(aborts: list[Any], scheduler: Any) -> list[Any]:
 
 def is_fully_idle(idle: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
     """AFTER ``Scheduler.is_fully_idle``."""
-    star = getattr(scheduler, _INSTANCE)
+    star = getattr(scheduler, _EXTENSION)
     return idle and (star is None or not star.holds_kv_off_batch)
 
 
 def on_idle(original: Any, scheduler: Any) -> None:
     """AROUND ``Scheduler.on_idle``."""
-    star = getattr(scheduler, _INSTANCE)
+    star = getattr(scheduler, _EXTENSION)
     star.decoded(steady=False)
     if not star.may_sleep():
         return
@@ -186,7 +186,7 @@ def on_idle(original: Any, scheduler: Any) -> None:
 
 def process_batch_result(original: Any, scheduler: Any, batch: Any, result: Any) -> None:
     """AROUND ``Scheduler.process_batch_result``: first wait for the device, usefully."""
-    star = getattr(scheduler, _INSTANCE)
+    star = getattr(scheduler, _EXTENSION)
     star.await_result(result)
     original(scheduler, batch, result)
     star.decoded(steady=batch.forward_mode.is_decode())

@@ -95,7 +95,7 @@ class StatusReporter:
         self._sequence = 0
         self.retractions = 0
 
-    def snapshot(self, *, all_reports: bool = False) -> InstanceStatus:
+    def report(self, *, all_reports: bool = False) -> InstanceStatus:
         """The status now; every call has a new sequence number.
 
         Args:

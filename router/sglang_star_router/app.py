@@ -15,10 +15,10 @@ from prometheus_client.core import Metric
 from sglang_star.errors import PeerError
 from sglang_star_router import dashboard
 from sglang_star_router.calls import GENERATION_PATHS
-from sglang_star_router.cluster import Cluster, Instance
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.engine import EngineClient
+from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.health import Health
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.metrics import Metrics
@@ -27,7 +27,7 @@ from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.registry import make_dispatch, make_rescheduler
 from sglang_star_router.proxy import Proxy, request_block
 from sglang_star_router.replies import Rejected, json_reply, rejection
-from sglang_star_router.rescheduler import Mover, Rescheduler
+from sglang_star_router.rescheduler import OrderSender, Rescheduler
 from sglang_star_router.snapshot import Snapshots
 from sglang_star_router.star_api import StarApi
 from sglang_star_router.telemetry import StatusFeed
@@ -72,34 +72,34 @@ class Router:
     ) -> None:
         oracle = config.rescheduler == "oracle"
         self.config = config
-        self.cluster = Cluster(config.members, calibrate=config.calibrate)
+        self.fleet = Fleet(config.members, calibrate=config.calibrate)
         self.metrics = Metrics()
         self.pool = Pool()
         self.engine = EngineClient(self.pool, config.api_key, config.health_check_timeout)
         self.ledger = Ledger(
-            self.cluster,
+            self.fleet,
             cooldown_s=config.move_cooldown,
             report_timeout_s=config.move_report_timeout,
         )
-        self.cluster.on_move_report = self.ledger.report
-        self.health = Health(config, self.cluster, self.engine, lambda one: self.feed.follow(one))
-        self.feed = StatusFeed(self.cluster, self.health.doubt)
+        self.fleet.on_move_report = self.ledger.report
+        self.health = Health(config, self.fleet, self.engine, lambda one: self.feed.follow(one))
+        self.feed = StatusFeed(self.fleet, self.health.doubt)
         snapshots = Snapshots(
-            self.cluster,
-            self.cluster.decoding(),
+            self.fleet,
+            self.fleet.decoding(),
             stale_s=config.status_stale,
             true_lengths=oracle,
             moves=self.ledger.moves_of,
             busy=self.ledger.busy,
         )
-        prefills = self.cluster.of_role("prefill")
+        prefills = self.fleet.of_role("prefill")
         self.dispatcher = Dispatcher(
-            self.cluster,
+            self.fleet,
             dispatch_policy or make_dispatch(config.policy, **config.dispatch_params),
             snapshots,
             prefill_policy=make_dispatch(config.prefill_policy) if prefills else None,
             prefill_snapshots=(
-                Snapshots(self.cluster, prefills, stale_s=config.status_stale) if prefills else None
+                Snapshots(self.fleet, prefills, stale_s=config.status_stale) if prefills else None
             ),
             queue_size=config.queue_size,
             queue_timeout_s=config.queue_timeout,
@@ -107,7 +107,7 @@ class Router:
             true_lengths=oracle,
         )
         self.proxy = Proxy(config, self.pool, self.dispatcher, self.health, self.metrics)
-        self.mover = Mover(self.cluster, self.engine, self.ledger)
+        self.sender = OrderSender(self.fleet, self.engine, self.ledger)
         self.rescheduler: Rescheduler | None = None
         if rescheduler_policy is None and config.rescheduler != "off":
             rescheduler_policy = make_rescheduler(config.rescheduler, **config.rescheduler_params)
@@ -115,7 +115,7 @@ class Router:
             self.rescheduler = Rescheduler(
                 rescheduler_policy,
                 snapshots,
-                self.mover,
+                self.sender,
                 self.ledger,
                 self.metrics,
                 interval_s=config.rescheduler_interval,
@@ -136,9 +136,7 @@ class Router:
         app.router.add_put("/generate", self.proxy.generate)
         for path in EVERY_INSTANCE:
             app.router.add_route("*", path, self._every_instance)
-        api = StarApi(
-            self.cluster, self.ledger, self.mover, self.engine, self.dispatcher, self.feed
-        )
+        api = StarApi(self.fleet, self.ledger, self.sender, self.engine, self.dispatcher, self.feed)
         app.add_routes(api.routes())
         app.add_routes(
             [
@@ -182,11 +180,11 @@ class Router:
 
     async def _is_healthy(self, request: web.Request) -> web.Response:
         """200 while every role has a healthy instance."""
-        roles = {one.role for one in self.cluster}
-        missing = sorted(roles - {one.role for one in self.cluster if one.healthy})
+        roles = {one.role for one in self.fleet}
+        missing = sorted(roles - {one.role for one in self.fleet if one.healthy})
         if not missing:
             return web.Response()
-        trouble = {one.name: one.trouble for one in self.cluster if not one.healthy}
+        trouble = {one.name: one.trouble for one in self.fleet if not one.healthy}
         return json_reply({"missing": missing, "trouble": trouble}, 503)
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
@@ -194,7 +192,7 @@ class Router:
 
     async def _any_instance(self, request: web.Request) -> web.StreamResponse:
         """Pass on what any instance can answer, to each healthy one in turn."""
-        healthy = [one for one in self.cluster.decoding() if one.healthy]
+        healthy = [one for one in self.fleet.decoding() if one.healthy]
         if not healthy:
             return rejection(NOBODY)
         self._turn += 1
@@ -203,7 +201,7 @@ class Router:
     async def _every_instance(self, request: web.Request) -> web.Response:
         """Send to every healthy instance; the answer is the worst of theirs."""
         body = await request.read()
-        members = [one for one in self.cluster if one.healthy]
+        members = [one for one in self.fleet if one.healthy]
         if not members:
             return rejection(NOBODY)
         answers = await asyncio.gather(
@@ -233,7 +231,7 @@ class Router:
         if not self.config.disaggregated:
             return await self._any_instance(request)
         infos: dict[str, list[Any]] = {"prefill": [], "decode": []}
-        for instance in self.cluster:
+        for instance in self.fleet:
             if not instance.healthy:
                 continue
             try:
@@ -247,9 +245,7 @@ class Router:
         return json_reply(infos)
 
     def _collect(self) -> Iterable[Metric]:
-        return fleet_metrics(
-            self.cluster, self.ledger, self.dispatcher, self.feed, self.rescheduler
-        )
+        return fleet_metrics(self.fleet, self.ledger, self.dispatcher, self.feed, self.rescheduler)
 
 
 def _hold_deadline_s(config: RouterConfig) -> float:

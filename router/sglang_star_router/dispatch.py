@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from sglang_star_router.calls import Call
-from sglang_star_router.cluster import Cluster, Dispatch, Instance
+from sglang_star_router.fleet import Dispatch, Fleet, Instance
 from sglang_star_router.policy.base import DispatchPolicy
 from sglang_star_router.policy.holding import retry_order
 from sglang_star_router.policy.snapshot import Arrival
@@ -65,7 +65,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        cluster: Cluster,
+        fleet: Fleet,
         decode_policy: DispatchPolicy,
         decode_snapshots: Snapshots,
         *,
@@ -79,7 +79,7 @@ class Dispatcher:
         self.sequence = 0
         self.held = 0
         self.refused: dict[int, int] = {429: 0, 503: 0}
-        self._cluster = cluster
+        self._fleet = fleet
         self._policy = decode_policy
         self._snapshots = decode_snapshots
         self._prefill_policy = prefill_policy
@@ -90,7 +90,7 @@ class Dispatcher:
         self._hold_deadline_s = hold_deadline_s
         self._true_lengths = true_lengths
         self._timer: asyncio.TimerHandle | None = None
-        cluster.watch(self._on_change)
+        fleet.watch(self._on_change)
 
     @property
     def holding(self) -> int:
@@ -118,22 +118,22 @@ class Dispatcher:
     def prefilled(self, seat: Seat) -> None:
         """Note that prefill has done its part, long before the attempt ends."""
         for instance, ticket in seat.tickets[1:]:
-            self._cluster.ended(instance, ticket)
+            self._fleet.ended(instance, ticket)
         del seat.tickets[1:]
 
     def leave(self, seat: Seat) -> None:
         """End an attempt."""
         for instance, ticket in seat.tickets:
-            self._cluster.ended(instance, ticket)
+            self._fleet.ended(instance, ticket)
         seat.tickets.clear()
 
     # ------------------------------------------------------------------ one decision
 
     def _arrival(self, call: Call, rid: str) -> Arrival:
-        prompt = call.prompt_ids or self._cluster.tokens_of(call.prompt_bytes)
+        prompt = call.prompt_ids or self._fleet.tokens_of(call.prompt_bytes)
         limit = call.max_new_tokens
         if not limit:
-            limits = (one.context_limit for one in self._cluster.decoding())
+            limits = (one.context_limit for one in self._fleet.decoding())
             limit = max(1, max(limits, default=0) - prompt // call.batch)
         total = limit * call.batch * call.samples
         return Arrival(
@@ -150,9 +150,9 @@ class Dispatcher:
         Raises:
             Rejected: nobody could take it even with room, or the policy says to refuse.
         """
-        candidates = [one for one in self._cluster.decoding() if one.endpoint.url not in excluded]
+        candidates = [one for one in self._fleet.decoding() if one.endpoint.url not in excluded]
         if not any(one.healthy for one in candidates):
-            raise self._refusal(503, _why_nobody(self._cluster.decoding()))
+            raise self._refusal(503, _why_nobody(self._fleet.decoding()))
         snapshot = self._snapshots.for_arrival(excluded, held=len(self._queue))
         placement = self._policy.place(snapshot, arrival, self.sequence)
         if placement.reject:
@@ -163,7 +163,7 @@ class Dispatcher:
         self.sequence += 1
         for instance in (seat.decode, seat.prefill):
             if instance is not None:
-                ticket = self._cluster.sent(
+                ticket = self._fleet.sent(
                     instance,
                     arrival.rid,
                     arrival.prompt_tokens,
@@ -180,11 +180,11 @@ class Dispatcher:
         arrival = replace(arrival, max_new_tokens=1)
         placement = self._prefill_policy.place(snapshot, arrival, self.sequence)
         if placement.instance is None:
-            raise self._refusal(503, _why_nobody(self._cluster.of_role("prefill")))
+            raise self._refusal(503, _why_nobody(self._fleet.of_role("prefill")))
         return self._named(placement.instance)
 
     def _named(self, name: str) -> Instance:
-        instance = self._cluster.find(name)
+        instance = self._fleet.find(name)
         if instance is None:
             raise self._refusal(503, f"the policy chose {name!r}, which is not in the fleet")
         return instance

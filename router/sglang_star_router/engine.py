@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from sglang_star.errors import PeerError
-from sglang_star_router.cluster import Instance
+from sglang_star_router.fleet import Instance
 from sglang_star_router.upstream import Exchange, Pool
 
 

@@ -16,9 +16,9 @@ import msgspec
 
 from sglang_star.errors import ConfigError, PeerError, StarError, VersionMismatch
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement
-from sglang_star_router.cluster import Cluster, Instance
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.engine import EngineClient
+from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.policy.snapshot import RESERVE_EACH
 
 logger = logging.getLogger(__name__)
@@ -36,22 +36,22 @@ class Health:
     def __init__(
         self,
         config: RouterConfig,
-        cluster: Cluster,
+        fleet: Fleet,
         engine: EngineClient,
         described: Callable[[Instance], None],
     ) -> None:
         self._config = config
-        self._cluster = cluster
+        self._fleet = fleet
         self._engine = engine
         self._described = described
-        self._wake: dict[str, asyncio.Event] = {url: asyncio.Event() for url in cluster.instances}
+        self._wake: dict[str, asyncio.Event] = {url: asyncio.Event() for url in fleet.instances}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to check."""
         self._tasks = [
             asyncio.create_task(self._watch(one), name=f"health {one.endpoint.url}")
-            for one in self._cluster
+            for one in self._fleet
         ]
 
     async def close(self) -> None:
@@ -95,7 +95,7 @@ class Health:
         if not instance.healthy and instance.successes >= self._config.health_success_threshold:
             instance.healthy, instance.trouble = True, ""
             logger.info("%s is healthy", instance.name)
-            self._cluster.changed()
+            self._fleet.changed()
 
     # ------------------------------------------------------------------ inside
 
@@ -123,7 +123,7 @@ class Health:
         if instance.healthy or instance.trouble != reason:
             logger.warning("%s is excluded: %s", instance.name, reason)
         instance.healthy, instance.trouble = False, reason
-        self._cluster.changed()
+        self._fleet.changed()
 
     async def _describe(self, instance: Instance) -> None:
         """Read ``/server_info``.
@@ -150,7 +150,7 @@ class Health:
             instance.bootstrap_port = (
                 _number(info.get("disaggregation_bootstrap_port")) or DEFAULT_BOOTSTRAP_PORT
             )
-        self._cluster.describe(instance, advertisement)
+        self._fleet.describe(instance, advertisement)
         self._described(instance)
 
     def _advertisement(self, info: dict[str, Any]) -> Advertisement | None:

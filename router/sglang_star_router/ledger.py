@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sglang_star.protocol import MoveReport
-from sglang_star_router.cluster import Cluster, Instance
+from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.policy.snapshot import MoveOrder
 
 HISTORY = 2000
@@ -17,7 +17,7 @@ HISTORY = 2000
 
 
 @dataclass(slots=True, eq=False)
-class Migration:
+class MoveRecord:
     """One migration.
 
     Attributes:
@@ -73,18 +73,18 @@ class Ledger:
         stalls_ms: stalls of the latest completed moves.
     """
 
-    def __init__(self, cluster: Cluster, *, cooldown_s: float, report_timeout_s: float) -> None:
+    def __init__(self, fleet: Fleet, *, cooldown_s: float, report_timeout_s: float) -> None:
         self.busy: dict[str, float] = {}
         self.outcomes: Counter[str] = Counter()
         self.stalls_ms: deque[float] = deque(maxlen=HISTORY)
-        self._cluster = cluster
+        self._fleet = fleet
         self._cooldown_s = cooldown_s
         self._report_timeout_s = report_timeout_s
-        self._history: deque[Migration] = deque()
-        self._open: set[Migration] = set()
-        self._by_id: dict[str, Migration] = {}
+        self._history: deque[MoveRecord] = deque()
+        self._open: set[MoveRecord] = set()
+        self._by_id: dict[str, MoveRecord] = {}
 
-    def __iter__(self) -> Iterator[Migration]:
+    def __iter__(self) -> Iterator[MoveRecord]:
         """Latest first."""
         return reversed(self._history)
 
@@ -98,9 +98,9 @@ class Ledger:
         out = sum(one.source == instance.name for one in self._open)
         return out, sum(one.target == instance.name for one in self._open)
 
-    def ordered(self, order: MoveOrder, by: str) -> Migration:
+    def ordered(self, order: MoveOrder, by: str) -> MoveRecord:
         """Record an order about to be sent."""
-        migration = Migration(
+        migration = MoveRecord(
             rid=order.rid, source=order.source, target=order.target, reason=order.reason,
             ordered_by=by, ordered_at=time.time(), ordered_s=time.monotonic(),
             expected_gain=float(order.expected_gain),
@@ -112,7 +112,7 @@ class Ledger:
         self.busy[order.rid] = float("inf")
         return migration
 
-    def accepted(self, migration: Migration, migration_id: str) -> None:
+    def accepted(self, migration: MoveRecord, migration_id: str) -> None:
         """Record the engine's consent; its report may have overtaken it."""
         early = self._by_id.get(migration_id)
         migration.migration_id = migration_id
@@ -123,7 +123,7 @@ class Ledger:
             self._history.remove(early)
             self._take_over(migration, early)
 
-    def ended(self, migration: Migration, state: str, detail: str = "") -> None:
+    def ended(self, migration: MoveRecord, state: str, detail: str = "") -> None:
         """Close a migration."""
         if not migration.open:
             return
@@ -138,7 +138,7 @@ class Ledger:
         """Take in how a move ended; reports are repeated, so most are old news."""
         migration = self._by_id.get(report.migration_id)
         if migration is None:
-            migration = Migration(
+            migration = MoveRecord(
                 rid=report.rid, source=report.source, target=report.target, reason=report.reason,
                 ordered_by="engine", ordered_at=report.started_at, ordered_s=time.monotonic(),
                 migration_id=report.migration_id,
@@ -159,13 +159,13 @@ class Ledger:
         self.ended(migration, report.outcome, report.detail)
         if report.outcome == "moved":
             self.stalls_ms.append(report.stall_ms)
-            self._cluster.moved(report.rid)
+            self._fleet.moved(report.rid)
 
     def expire(self) -> None:
         """Give up on migrations without a report, and end cool-downs."""
         now = time.monotonic()
         for migration in tuple(self._open):
-            source = self._cluster.find(migration.source)
+            source = self._fleet.find(migration.source)
             if now - migration.ordered_s > self._report_timeout_s:
                 self.ended(migration, "lost", f"no report within {self._report_timeout_s:g} s")
             elif source is None or not source.healthy:
@@ -175,7 +175,7 @@ class Ledger:
 
     # ------------------------------------------------------------------ inside
 
-    def _take_over(self, migration: Migration, early: Migration) -> None:
+    def _take_over(self, migration: MoveRecord, early: MoveRecord) -> None:
         for name in (
             "state", "detail", "context_tokens", "precopied_tokens", "output_tokens", "stall_ms",
             "stall_steps", "transport_bytes", "finished_at", "kv_share_after",
@@ -185,7 +185,7 @@ class Ledger:
         if not migration.open:
             self._open.discard(migration)
 
-    def _remember(self, migration: Migration) -> None:
+    def _remember(self, migration: MoveRecord) -> None:
         self._history.append(migration)
         while len(self._history) > HISTORY:
             gone = self._history.popleft()
@@ -195,7 +195,7 @@ class Ledger:
         return self._share(source), self._share(target)
 
     def _share(self, name: str) -> float:
-        instance = self._cluster.find(name)
+        instance = self._fleet.find(name)
         if instance is None or instance.status is None:
             return 0.0
         status = instance.status

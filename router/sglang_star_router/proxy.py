@@ -16,9 +16,9 @@ from aiohttp import web
 
 from sglang_star.errors import PeerError
 from sglang_star_router.calls import Call, new_rid, read_call
-from sglang_star_router.cluster import Instance
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.dispatch import Dispatcher, Seat
+from sglang_star_router.fleet import Instance
 from sglang_star_router.framing import HOP_BY_HOP, ResponseHead
 from sglang_star_router.health import Health
 from sglang_star_router.logprobs import with_prompt_logprobs

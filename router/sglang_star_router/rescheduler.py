@@ -9,9 +9,9 @@ from collections import Counter
 from typing import Any
 
 from sglang_star.errors import OrderRefused, PeerError, StarError, UnknownRequest
-from sglang_star_router.cluster import Cluster, Instance
 from sglang_star_router.engine import EngineClient
-from sglang_star_router.ledger import Ledger, Migration
+from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.ledger import Ledger, MoveRecord
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.policy.base import ReschedulePolicy
 from sglang_star_router.policy.snapshot import MoveOrder
@@ -20,15 +20,15 @@ from sglang_star_router.snapshot import Snapshots
 logger = logging.getLogger(__name__)
 
 
-class Mover:
+class OrderSender:
     """Sends migration orders to their sources and records what they say."""
 
-    def __init__(self, cluster: Cluster, engine: EngineClient, ledger: Ledger) -> None:
-        self._cluster = cluster
+    def __init__(self, fleet: Fleet, engine: EngineClient, ledger: Ledger) -> None:
+        self._fleet = fleet
         self._engine = engine
         self._ledger = ledger
 
-    async def move(self, order: MoveOrder, by: str) -> Migration:
+    async def move(self, order: MoveOrder, by: str) -> MoveRecord:
         """Order one migration and wait for the engine's consent.
 
         Raises:
@@ -40,7 +40,7 @@ class Mover:
         await self.send(migration, source, target)
         return migration
 
-    async def send(self, migration: Migration, source: Instance, target: Instance) -> None:
+    async def send(self, migration: MoveRecord, source: Instance, target: Instance) -> None:
         """Send a recorded order; the engine answers at once and reports the outcome later.
 
         Raises:
@@ -75,7 +75,7 @@ class Mover:
         Raises:
             OrderRefused: either is not in the fleet, or the target cannot take requests.
         """
-        source, target = self._cluster.find(order.source), self._cluster.find(order.target)
+        source, target = self._fleet.find(order.source), self._fleet.find(order.target)
         if source is None or target is None:
             missing = order.source if source is None else order.target
             raise OrderRefused(
@@ -88,7 +88,7 @@ class Mover:
         if not target.healthy or target.draining:
             state = "draining" if target.draining else "not healthy"
             raise OrderRefused(f"{target.name} is {state}", hint="choose another target")
-        why = self._cluster.obstacles.between(source.name, target.name)
+        why = self._fleet.obstacles.between(source.name, target.name)
         if why is not None:
             raise OrderRefused(
                 f"no request can move between {source.name} and {target.name}: {why.text}",
@@ -110,7 +110,7 @@ class Rescheduler:
         self,
         policy: ReschedulePolicy,
         snapshots: Snapshots,
-        mover: Mover,
+        sender: OrderSender,
         ledger: Ledger,
         metrics: Metrics,
         *,
@@ -123,7 +123,7 @@ class Rescheduler:
         self.skipped: Counter[str] = Counter()
         self._policy = policy
         self._snapshots = snapshots
-        self._mover = mover
+        self._sender = sender
         self._ledger = ledger
         self._metrics = metrics
         self._interval_s = interval_s
@@ -190,7 +190,7 @@ class Rescheduler:
     def _start(self, order: MoveOrder) -> None:
         """Record the order now, so that the next one is checked against it, and send it."""
         try:
-            source, target = self._mover.endpoints(order)
+            source, target = self._sender.endpoints(order)
         except OrderRefused as error:
             self.skipped["endpoints"] += 1
             logger.info("%s stays on %s: %s", order.rid, order.source, error)
@@ -200,9 +200,9 @@ class Rescheduler:
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
-    async def _send(self, migration: Migration, source: Instance, target: Instance) -> None:
+    async def _send(self, migration: MoveRecord, source: Instance, target: Instance) -> None:
         try:
-            await self._mover.send(migration, source, target)
+            await self._sender.send(migration, source, target)
         except (OrderRefused, PeerError) as error:
             logger.info("%s stays on %s: %s", migration.rid, source.name, error)
         except Exception:

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from sglang_star_router.cluster import Cluster, Instance
 from sglang_star_router.exchange import groups
+from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.policy.snapshot import FleetSnapshot, Instances, Placed, Requests
 
 MIN_AGE_S = 0.005
@@ -35,7 +35,7 @@ class Snapshots:
 
     def __init__(
         self,
-        cluster: Cluster,
+        fleet: Fleet,
         members: list[Instance],
         *,
         stale_s: float,
@@ -43,7 +43,7 @@ class Snapshots:
         moves: Callable[[Instance], tuple[int, int]] = lambda _: (0, 0),
         busy: Collection[str] = (),
     ) -> None:
-        self._cluster = cluster
+        self._fleet = fleet
         self._members = members
         self._stale_s = stale_s
         self._true_lengths = true_lengths
@@ -65,10 +65,10 @@ class Snapshots:
         """
         now = time.monotonic()
         base = self._base
-        limit = MIN_AGE_S if self._base_version != self._cluster.version else MAX_AGE_S
+        limit = MIN_AGE_S if self._base_version != self._fleet.version else MAX_AGE_S
         if base is None or now - base.now_s > limit:
             base = self._base = self._build(now, fresh_only=False)
-            self._base_version = self._cluster.version
+            self._base_version = self._fleet.version
         if excluded:
             open_to_it = np.array([m.endpoint.url not in excluded for m in self._members], np.bool_)
             accepts = base.instances.accepts & open_to_it
@@ -115,7 +115,7 @@ class Snapshots:
             moves_out=np.array([out for out, _ in moves], np.int64),
             moves_in=np.array([into for _, into in moves], np.int64),
         )
-        return FleetSnapshot(now, instances, self._requests(now), self._cluster.lengths.prior())
+        return FleetSnapshot(now, instances, self._requests(now), self._fleet.lengths.prior())
 
     def _requests(self, now: float) -> Requests:
         tables = [m.table for m in self._members]
@@ -135,7 +135,7 @@ class Snapshots:
             prompt_tokens=np.concatenate([t.prompt_tokens for t in tables]),
             output_tokens=output,
             max_new_tokens=limit,
-            remaining=self._cluster.lengths.calibration.corrected(
+            remaining=self._fleet.lengths.calibration.corrected(
                 np.concatenate([t.remaining for t in tables])
             ),
             true_remaining=(

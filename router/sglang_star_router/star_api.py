@@ -9,13 +9,13 @@ import orjson
 from aiohttp import web
 
 from sglang_star.errors import ConfigError, OrderRefused, PeerError, StarError, UnknownRequest
-from sglang_star_router.cluster import Cluster, Instance
 from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.engine import EngineClient
+from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.policy.snapshot import MoveOrder
 from sglang_star_router.replies import json_reply, star_error
-from sglang_star_router.rescheduler import Mover, peer_json
+from sglang_star_router.rescheduler import OrderSender, peer_json
 from sglang_star_router.telemetry import StatusFeed
 from sglang_star_router.views import cluster_json
 
@@ -29,16 +29,16 @@ class StarApi:
 
     def __init__(
         self,
-        cluster: Cluster,
+        fleet: Fleet,
         ledger: Ledger,
-        mover: Mover,
+        sender: OrderSender,
         engine: EngineClient,
         dispatcher: Dispatcher,
         feed: StatusFeed,
     ) -> None:
-        self._cluster = cluster
+        self._fleet = fleet
         self._ledger = ledger
-        self._mover = mover
+        self._sender = sender
         self._engine = engine
         self._dispatcher = dispatcher
         self._feed = feed
@@ -57,9 +57,7 @@ class StarApi:
         """Show the fleet; ``?requests=0`` leaves out the running requests."""
         requests = request.query.get("requests", "1") != "0"
         return json_reply(
-            cluster_json(
-                self._cluster, self._ledger, self._dispatcher, self._feed, requests=requests
-            )
+            cluster_json(self._fleet, self._ledger, self._dispatcher, self._feed, requests=requests)
         )
 
     async def migrations(self, request: web.Request) -> web.Response:
@@ -83,7 +81,7 @@ class StarApi:
         try:
             body = await _object(request)
             rid, target = _text(body, "rid"), _text(body, "target")
-            source = self._cluster.holder(rid)
+            source = self._fleet.holder(rid)
             if source is None:
                 raise UnknownRequest(
                     f"no running request has rid {rid!r}",
@@ -92,7 +90,7 @@ class StarApi:
             if rid in self._ledger.busy and self._ledger.busy[rid] == float("inf"):
                 raise OrderRefused(f"{rid} is moving already", hint="wait for it to arrive")
             order = MoveOrder(rid, source.name, target, "operator", 0.0)
-            migration = await self._mover.move(order, "operator")
+            migration = await self._sender.move(order, "operator")
         except StarError as error:
             return star_error(error)
         return json_reply(migration.to_json(), 202)
@@ -109,23 +107,23 @@ class StarApi:
                 raise ConfigError("targets must be a list of instances")
             if named is None:
                 others = [
-                    one for one in self._cluster.decoding()
+                    one for one in self._fleet.decoding()
                     if one is not instance and one.healthy and not one.draining
-                    and self._cluster.obstacles.between(instance.name, one.name) is None
+                    and self._fleet.obstacles.between(instance.name, one.name) is None
                 ]  # fmt: skip
             else:
                 others = [self._instance(name) for name in named]
             if instance in others:
                 raise OrderRefused(f"{instance.name} cannot be drained to itself")
             for one in others:
-                why = self._cluster.obstacles.between(instance.name, one.name)
+                why = self._fleet.obstacles.between(instance.name, one.name)
                 if why is not None:
                     raise OrderRefused(
                         f"{instance.name} cannot be drained to {one.name}: {why.text}",
                         hint="leave targets out: all that can take its requests are taken",
                     )
             instance.held_back = True
-            self._cluster.changed()
+            self._fleet.changed()
             answer: Any = None
             if instance.advertisement is not None:
                 targets = others if instance.role != "prefill" else []
@@ -137,7 +135,7 @@ class StarApi:
                     answer = await self._order(instance, "/star/drain", payload)
                 except StarError:
                     instance.held_back = False
-                    self._cluster.changed()
+                    self._fleet.changed()
                     raise
         except StarError as error:
             return star_error(error)
@@ -155,7 +153,7 @@ class StarApi:
         except StarError as error:
             return star_error(error)
         instance.held_back = False
-        self._cluster.changed()
+        self._fleet.changed()
         logger.info("%s serves again", instance.name)
         return json_reply({"instance": instance.name, "draining": False, "engine": answer})
 
@@ -171,9 +169,9 @@ class StarApi:
         return answer
 
     def _instance(self, name: str) -> Instance:
-        instance = self._cluster.find(name)
+        instance = self._fleet.find(name)
         if instance is None:
-            known = ", ".join(one.name for one in self._cluster)
+            known = ", ".join(one.name for one in self._fleet)
             raise NoSuchInstance(f"no instance {name!r} in the fleet", hint=f"it has: {known}")
         return instance
 

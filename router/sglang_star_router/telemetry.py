@@ -12,7 +12,7 @@ import zmq.asyncio
 
 from sglang_star.errors import ProtocolError
 from sglang_star.protocol import InstanceStatus, decode
-from sglang_star_router.cluster import Cluster, Instance, Verdict
+from sglang_star_router.fleet import Fleet, Instance, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ class StatusFeed:
         received: statuses taken in.
     """
 
-    def __init__(self, cluster: Cluster, suspect: Callable[[Instance], None]) -> None:
+    def __init__(self, fleet: Fleet, suspect: Callable[[Instance], None]) -> None:
         """``suspect`` is called when an instance speaks as another incarnation."""
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.received = 0
-        self._cluster = cluster
+        self._fleet = fleet
         self._suspect = suspect
         self._context = zmq.asyncio.Context()
         self._listening: dict[str, tuple[str, asyncio.Task[None]]] = {}
@@ -86,7 +86,7 @@ class StatusFeed:
         if not isinstance(message, InstanceStatus):
             self._drop(instance, "unexpected", f"{type(message).__name__} on a status socket")
             return
-        verdict = self._cluster.apply(instance, message)
+        verdict = self._fleet.apply(instance, message)
         if verdict is Verdict.TAKEN:
             self.received += 1
             return

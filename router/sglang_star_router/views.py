@@ -9,8 +9,8 @@ from typing import Any
 from msgspec.structs import asdict
 from prometheus_client.core import Metric
 
-from sglang_star_router.cluster import Cluster, Instance
 from sglang_star_router.dispatch import Dispatcher
+from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.metrics import counter, gauge
 from sglang_star_router.rescheduler import Rescheduler
@@ -18,7 +18,7 @@ from sglang_star_router.telemetry import StatusFeed
 
 
 def instance_json(
-    instance: Instance, cluster: Cluster, ledger: Ledger, now: float, *, requests: bool
+    instance: Instance, fleet: Fleet, ledger: Ledger, now: float, *, requests: bool
 ) -> dict[str, Any]:
     """Return one instance as ``GET /star/cluster`` shows it."""
     status, advertisement = instance.status, instance.advertisement
@@ -39,7 +39,7 @@ def instance_json(
         "moves_out": moves_out,
         "moves_in": moves_in,
         "no_moves_with": {
-            name: why.text for name, why in cluster.obstacles.of(instance.name).items()
+            name: why.text for name, why in fleet.obstacles.of(instance.name).items()
         },
         "status_age_s": None if status is None else round(instance.age_s(now), 3),
         "status": None,
@@ -64,7 +64,7 @@ def instance_json(
 
 
 def cluster_json(
-    cluster: Cluster,
+    fleet: Fleet,
     ledger: Ledger,
     dispatcher: Dispatcher,
     feed: StatusFeed,
@@ -78,26 +78,24 @@ def cluster_json(
         "holding": dispatcher.holding,
         "dispatched": dispatcher.sequence,
         "open_migrations": ledger.open_count,
-        "predictor_judged": cluster.lengths.band.judged,
-        "predictor_kept": cluster.lengths.band.kept,
-        "predictor_kept_corrected": cluster.lengths.band.kept_corrected,
+        "predictor_judged": fleet.lengths.band.judged,
+        "predictor_kept": fleet.lengths.band.kept,
+        "predictor_kept_corrected": fleet.lengths.band.kept_corrected,
         "statuses_received": feed.received,
         "statuses_dropped": sum(feed.dropped.values()),
-        "instances": [
-            instance_json(one, cluster, ledger, now, requests=requests) for one in cluster
-        ],
+        "instances": [instance_json(one, fleet, ledger, now, requests=requests) for one in fleet],
     }
 
 
 def fleet_metrics(
-    cluster: Cluster,
+    fleet: Fleet,
     ledger: Ledger,
     dispatcher: Dispatcher,
     feed: StatusFeed,
     rescheduler: Rescheduler | None,
 ) -> Iterator[Metric]:
     """Yield the metrics that are read off the fleet when scraped."""
-    members = list(cluster)
+    members = list(fleet)
 
     def each(name: str, text: str, value: Any, *, with_status: bool = False) -> Metric:
         rows = [(m.name, float(value(m))) for m in members if m.status or not with_status]
@@ -135,7 +133,7 @@ def fleet_metrics(
                   [((m.name, why), count) for m in members if m.status
                    for why, count in m.status.dropped.items()],
                   ("instance", "why"))  # fmt: skip
-    band = cluster.lengths.band
+    band = fleet.lengths.band
     yield counter("predictor_judged", "Requests that ended and had an estimate.",
                   [((), band.judged)], ())  # fmt: skip
     yield counter("predictor_kept", "Those of them that the P10-P90 band held.",
@@ -157,7 +155,7 @@ def fleet_metrics(
     yield gauge("migrations_open", "Migrations under way.",
                 [("router", ledger.open_count)], "at")  # fmt: skip
     yield gauge("pairs_without_moves", "Pairs of instances that cannot exchange requests.",
-                [(why, float(n)) for why, n in cluster.obstacles.counts().items()],
+                [(why, float(n)) for why, n in fleet.obstacles.counts().items()],
                 "reason")  # fmt: skip
     if rescheduler is not None:
         yield counter("rescheduler_rounds", "Decisions taken.", [((), rescheduler.rounds)], ())

@@ -88,7 +88,7 @@ def reporter(scheduler: Any, free: int, monkeypatch: pytest.MonkeyPatch, *arrivi
     )
     return status.StatusReporter(
         scheduler, engine, PEER, mover, status.StepTimer(), Faults(), {}
-    ).snapshot()
+    ).report()
 
 
 def test_every_request_is_counted_once(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
+from sglang_star.machine import free_ports
 from sglang_star.protocol import (
     PROTOCOL_VERSION,
     InstanceStatus,
@@ -41,9 +41,8 @@ async def eventually(condition: Callable[[], Any], what: str = "") -> Any:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that no connection is given meanwhile: outside the range that the kernel chooses from."""
+    return free_ports(1)[0]
 
 
 @dataclass
@@ -281,7 +280,7 @@ class Fleet:
             await eventually(lambda one=instance: one.healthy, f"{engine.name} healthy")
 
     def instance(self, engine: FakeEngine) -> Any:
-        return self.router.cluster.instances[engine.url]
+        return self.router.fleet.instances[engine.url]
 
     async def publish(self, engine: FakeEngine, *requests: RequestStatus, **fields: Any) -> None:
         """Publish a status until the router has taken it (a SUB socket joins late)."""

@@ -12,7 +12,7 @@ import pytest
 from router.fleet import FakeEngine, eventually, fleet, request_status
 from router.test_proxy import run
 from sglang_star.protocol import PROTOCOL_VERSION, InstanceStatus, encode
-from sglang_star_router.cluster import Verdict
+from sglang_star_router.fleet import Verdict
 
 
 def dropped(running, engine):
@@ -98,7 +98,7 @@ def test_estimates_are_corrected_by_how_earlier_ones_turned_out(calibrate):
             assert 60 < median < 110 if calibrate else median == 10
             await running.publish(engine, request_status("next", output=120))
             await running.publish(engine)
-            band = running.router.cluster.lengths.band
+            band = running.router.fleet.lengths.band
             assert (band.judged, band.kept, band.kept_corrected) == (65, 0, int(calibrate))
 
     run(check())
@@ -108,7 +108,7 @@ def test_a_request_ended_between_two_statuses():
     async def check():
         engine = FakeEngine()
         async with fleet(engine) as running:
-            lengths = running.router.cluster.lengths
+            lengths = running.router.fleet.lengths
             await running.publish(
                 engine,
                 request_status("goes-on", output=100),
@@ -126,7 +126,7 @@ def test_a_request_between_two_instances_has_not_finished():
     async def check():
         source, target = FakeEngine(gate=asyncio.Event()), FakeEngine()
         async with fleet(source, target) as running:
-            cluster = running.router.cluster
+            cluster = running.router.fleet
             running.instance(target).held_back = True
             request = asyncio.create_task(running.post("/generate", {"text": "a", "stream": True}))
             await eventually(lambda: source.active)
@@ -157,7 +157,7 @@ def test_a_restart_judges_no_estimate():
             await running.publish(
                 engine, request_status("r", output=20, remaining=(1.0, 2.0, 3.0, 4.0, 5.0))
             )
-            band = running.router.cluster.lengths.band
+            band = running.router.fleet.lengths.band
             assert len(band._promised) == 1
             engine.incarnation = 2
             await engine.publish(engine.status())  # another incarnation: described afresh
@@ -171,7 +171,7 @@ def test_another_head_begins_with_a_clean_slate():
     async def check():
         engine = FakeEngine(predictor="old")
         async with fleet(engine) as running:
-            lengths = running.router.cluster.lengths
+            lengths = running.router.fleet.lengths
             for restart, (head, forgotten) in enumerate([("old", False), ("new", True)], 1):
                 before = lengths.calibration
                 engine.incarnation, engine.predictor = engine.incarnation + 1, head
@@ -224,7 +224,7 @@ def test_duplicate_late_and_foreign_statuses_are_ignored():
     async def check():
         engine = FakeEngine()
         async with fleet(engine) as running:
-            cluster, instance = running.router.cluster, running.instance(engine)
+            cluster, instance = running.router.fleet, running.instance(engine)
             assert cluster.apply(instance, engine.status(sequence=10)) is Verdict.TAKEN
             late = engine.status((request_status("old"),), sequence=9)
             assert cluster.apply(instance, late) is Verdict.STALE
@@ -414,7 +414,7 @@ def test_lengths_of_what_finished_become_the_prior():
     async def check():
         a, b = FakeEngine(), FakeEngine()
         async with fleet(a, b) as running:
-            cluster = running.router.cluster
+            cluster = running.router.fleet
             await running.publish(a, request_status("done", output=77), request_status("moves"))
             await running.publish(b, request_status("moves", output=11))
             await running.publish(a)

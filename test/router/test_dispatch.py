@@ -43,7 +43,7 @@ def test_held_requests_leave_in_order():
                 await eventually(lambda n=number: running.router.dispatcher.holding == n + 1)
             for number in range(5):
                 policy.open = 1
-                running.router.cluster.changed()
+                running.router.fleet.changed()
                 await eventually(lambda n=number: len(engine.requests) == n + 1)
             assert [request["rid"] for request in engine.requests] == [f"r{n}" for n in range(5)]
             assert [one[0] for one in await asyncio.gather(*held)] == [200] * 5

@@ -239,7 +239,7 @@ def test_client_disconnect_reaches_every_instance(mode):
                 response.close()
             for engine in engines:
                 await eventually(lambda one=engine: one.disconnects == 1, "abort upstream")
-            assert all(not instance.dispatches for instance in running.router.cluster)
+            assert all(not instance.dispatches for instance in running.router.fleet)
 
     run(check())
 
@@ -389,7 +389,7 @@ def test_two_hundred_streams_at_once():
             answers = await asyncio.gather(*(running.post("/generate", STREAM) for _ in range(200)))
             assert answers == [(200, b"".join(chunks))] * 200
             assert {len(engine.requests) for engine in engines} == {100}
-            assert all(not one.dispatches for one in running.router.cluster)
+            assert all(not one.dispatches for one in running.router.fleet)
 
     run(check())
 

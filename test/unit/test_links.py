@@ -11,7 +11,7 @@ import zmq
 
 from sglang_star.errors import ConfigError
 from sglang_star.migration.links import Links
-from sglang_star.migration.mailbox import MAX_WAITING, URGENT, Mailbox, Order
+from sglang_star.migration.mailbox import MAX_WAITING, URGENT, Mailbox, OrderEnvelope
 from sglang_star.migration.post import PeerLost
 from sglang_star.protocol import (
     Heartbeat,
@@ -248,7 +248,7 @@ def test_garbage_is_counted_and_dropped(make: Callable[..., Links]) -> None:
 def test_only_so_many_messages_wait() -> None:
     mail = Mailbox()
     [urgent] = [m for m in MESSAGES if isinstance(m, URGENT)][:1]
-    order = Order(b"", StatusOrder(order_id=1))
+    order = OrderEnvelope(b"", StatusOrder(order_id=1))
     lost = PeerLost(Peer(instance_id="b", incarnation=1, address="tcp://127.0.0.1:1"), "gone")
     for _ in range(MAX_WAITING):
         assert mail.put(order)
@@ -266,7 +266,7 @@ def test_orders_are_answered_and_the_wake_up_clears(make: Callable[..., Links]) 
     dealer = context.socket(zmq.DEALER)
     dealer.connect(links.order_address)
     dealer.send(encode(StatusOrder(order_id=4)))
-    order = wait_for(links, Order)
+    order = wait_for(links, OrderEnvelope)
     links.reply(order, OrderReply(order_id=4, payload=b"{}"))
     assert dealer.poll(int(HANGS_S * 1e3))
     assert decode(dealer.recv()) == OrderReply(order_id=4, payload=b"{}")

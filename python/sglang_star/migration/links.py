@@ -27,7 +27,7 @@ import zmq
 from sglang_star import owned
 from sglang_star.errors import ConfigError, ProtocolError
 from sglang_star.migration.connection import Connection
-from sglang_star.migration.mailbox import MAX_WAITING, Mailbox, Order, Wake
+from sglang_star.migration.mailbox import MAX_WAITING, Mailbox, OrderEnvelope, Wake
 from sglang_star.migration.post import PeerLost
 from sglang_star.migration.watch import Watch
 from sglang_star.protocol import Heartbeat, Message, Peer, decode, encode
@@ -117,7 +117,7 @@ class Links:
         """Queue a status for all subscribers."""
         self._post("", message)
 
-    def reply(self, order: Order, answer: Message) -> None:
+    def reply(self, order: OrderEnvelope, answer: Message) -> None:
         """Answer an order."""
         self._post(order.sender, answer)
 
@@ -211,13 +211,13 @@ class Links:
             except zmq.ZMQError:
                 return
             try:
-                order = Order(sender, decode(data))
+                order = OrderEnvelope(sender, decode(data))
             except ProtocolError as error:
                 self._drop(error)
             else:
                 self._deliver(order)
 
-    def _deliver(self, item: Message | Order | PeerLost) -> None:
+    def _deliver(self, item: Message | OrderEnvelope | PeerLost) -> None:
         if not self.mail.put(item):
             self.dropped["inbox full"] += 1
 

@@ -21,7 +21,7 @@ and notices by time-outs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class OrderEnvelope:
     """An order from this instance's HTTP process; answered with :meth:`Links.reply`."""
 
     sender: bytes
@@ -53,16 +53,16 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.wake = Wake()
-        self._ordinary: deque[Message | Order | PeerLost] = deque()
+        self._ordinary: deque[Message | OrderEnvelope | PeerLost] = deque()
         self._urgent: deque[Message] = deque()
 
-    def put(self, item: Message | Order | PeerLost) -> bool:
+    def put(self, item: Message | OrderEnvelope | PeerLost) -> bool:
         """Add an item; False if as many wait as may, and it is dropped.
 
         The loss of a peer is never dropped: there are not more of these than peers.
         """
         if isinstance(item, URGENT):
-            box: deque[Message] | deque[Message | Order | PeerLost] = self._urgent
+            box: deque[Message] | deque[Message | OrderEnvelope | PeerLost] = self._urgent
         else:
             box = self._ordinary
         if len(box) >= MAX_WAITING and not isinstance(item, PeerLost):
@@ -71,7 +71,7 @@ class Mailbox:
         self.wake.set()
         return True
 
-    def take(self, *, urgent_only: bool = False) -> Message | Order | PeerLost | None:
+    def take(self, *, urgent_only: bool = False) -> Message | OrderEnvelope | PeerLost | None:
         """Pop the oldest item, urgent ones first."""
         if self._urgent:
             return self._urgent.popleft()

@@ -39,7 +39,7 @@ IMPORTED: Final = (
     "sglang.srt.disaggregation.nixl.conn",
     "nixl._api",
     "sglang_star.endpoints",
-    "sglang_star.instance",
+    "sglang_star.extension",
     "sglang_star.predictor.runner",
     "sglang_star.platform.cpu",
     "sglang_star.platform.attention",

@@ -10,7 +10,7 @@ _MODE: Final = "sglang.srt.disaggregation.utils.DisaggregationMode"
 _PREALLOC: Final = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
 
 ROWS: Final[tuple[Row, ...]] = (
-    Class(_MODE, "the role of an instance", "status orders engine.batch"),
+    Class(_MODE, "the role of an extension", "status orders engine.batch"),
     Attribute(_MODE + ".NULL", "prefill and decode", "status"),
     Attribute(_MODE + ".PREFILL", "prefill only", "status engine.real"),
     Attribute(_MODE + ".DECODE", "decode only", "status engine.batch"),

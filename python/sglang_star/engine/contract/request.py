@@ -39,7 +39,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(
         _REQ + ".time_stats",
         "SGLang's times of a shadow go on",
-        "instance engine.real engine.batch engine.codec",
+        "extension engine.real engine.batch engine.codec",
     ),
     Attribute(_REQ + ".grammar", "its state is repeated at a target", "engine.real"),
     # The end of a request.
@@ -137,7 +137,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Field(_PARAMS + ".repetition_penalty", "its sums are repeated at a target", "engine.penalties"),
     Field(_PARAMS + ".min_new_tokens", "counted anew at a target", "engine.penalties"),
     # Times.
-    Attribute(_TIMES + ".forward_entry_time", "the running timeout of a shadow", "instance"),
+    Attribute(_TIMES + ".forward_entry_time", "the running timeout of a shadow", "extension"),
     Function(_TIMES + ".set_last_decode_finish_time", "a shadow's token", "engine.real"),
     Function(_TIMES + ".set_completion_time", "a shadow's end", "engine.real"),
     Function(_TIMES + ".set_retract_time", "it is queued again", "engine.batch"),

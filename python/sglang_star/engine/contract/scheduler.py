@@ -18,8 +18,8 @@ _ABORT_REQ: Final = "sglang.srt.managers.io_struct.AbortReq"
 
 ROWS: Final[tuple[Row, ...]] = (
     Module(_MODULE, "loaded in processes that schedule", "plugin platform.preloaded"),
-    Class(_S, "ours rides on it as the attribute _star", "scheduler instance"),
-    Attribute(_S + ".server_args", "the configuration; host and port", "instance identity"),
+    Class(_S, "ours rides on it as the attribute _star", "scheduler extension"),
+    Attribute(_S + ".server_args", "the configuration; host and port", "extension identity"),
     Attribute(_S + ".model_config", "the fingerprint; batches are made with it", "identity"),
     Attribute(
         _S + ".disaggregation_mode", "the instance's role", "status engine.real engine.batch"
@@ -34,7 +34,7 @@ ROWS: Final[tuple[Row, ...]] = (
         _S + ".last_batch", "its requests are reported, and may be running", "status engine.batch"
     ),
     Attribute(_S + ".waiting_queue", "requests that wait, or are to join", "status"),
-    Attribute(_S + ".result_queue", "steps in flight under overlap", "instance"),
+    Attribute(_S + ".result_queue", "steps in flight under overlap", "extension"),
     Attribute(_S + ".future_map", "where a joining request's next input goes", "engine.batch"),
     Attribute(_S + ".spec_algorithm", "batches are made with it", "engine.batch"),
     # Memory.
@@ -56,11 +56,11 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_S + ".output_streamer", "a shadow's tokens leave by it", "engine.real"),
     Attribute(_S + ".batch_result_processor", "what a new token entails", "engine.real"),
     Attribute(_S + ".grammar_manager", "a guest may wait for its grammar", "engine.real"),
-    Attribute(_S + ".idle_sleeper", "a message of ours wakes an idle scheduler", "instance"),
+    Attribute(_S + ".idle_sleeper", "a message of ours wakes an idle scheduler", "extension"),
     Attribute(
         _PARTS + ".idle_sleeper.IdleSleeper.poller",
         "a message of ours wakes an idle scheduler",
-        "instance",
+        "extension",
     ),
     Attribute(_GRAMMARS + ".grammar_queue", "a guest may wait for its grammar", "engine.real"),
     # Calls.

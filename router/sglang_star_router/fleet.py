@@ -107,7 +107,7 @@ class Instance:
         return now - self.status_at if self.status is not None else float("inf")
 
 
-class Cluster:
+class Fleet:
     """All instances, the lengths of what finished, and when each request last moved.
 
     Attributes:

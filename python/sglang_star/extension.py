@@ -16,7 +16,7 @@ from sglang_star.engine.verbs import Request
 from sglang_star.faults import Faults
 from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.links import Links
-from sglang_star.migration.mailbox import Order
+from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
 from sglang_star.migration.transport import sweep
@@ -37,7 +37,7 @@ HOLD_SHARE = 0.9
 """Of a decode step that queueing the next one may be put off; the rest prepares its launch."""
 
 
-class Instance:
+class Extension:
     """Everything STAR keeps per scheduler.
 
     Attributes:
@@ -83,7 +83,7 @@ class Instance:
             self._mover,
             self._links.peer,
             config,
-            status=lambda: self._status.snapshot(all_reports=True),
+            status=lambda: self._status.report(all_reports=True),
             step_ms=lambda: self._timer.ema_ms,
         )
         self.advertisement = Advertisement(
@@ -126,11 +126,11 @@ class Instance:
         if time.monotonic() >= self._next_status:
             self._next_status = time.monotonic() + self._config.status_interval_ms / 1e3
             with self._faults.contained("the status"):
-                self._links.publish(self._status.snapshot())
+                self._links.publish(self._status.report())
 
     def _receive(self, *, urgent_only: bool = False) -> None:
         while (item := self._mail.take(urgent_only=urgent_only)) is not None:
-            if isinstance(item, Order):
+            if isinstance(item, OrderEnvelope):
                 with self._faults.contained("an order"):
                     self._links.reply(item, self._orders.obey(item.message))
             elif isinstance(item, PeerMessage | PeerLost):
