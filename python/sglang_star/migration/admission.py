@@ -17,7 +17,7 @@ def check_kind(engine: Engine, message: Reserve, fingerprint: str) -> None:
     """Whether its KV would be of use here.
 
     Raises:
-        OrderRefused: it would not, or not now.
+        OrderRefused: it would not.
     """
     if message.fingerprint != fingerprint:
         raise OrderRefused(
@@ -25,8 +25,6 @@ def check_kind(engine: Engine, message: Reserve, fingerprint: str) -> None:
             hint="compare star.fingerprint in both instances' /server_info",
         )
     check_weights(engine, message.weights)
-    if engine.is_paused():
-        raise OrderRefused("this instance is paused")
 
 
 def check_weights(engine: Engine, theirs: str) -> None:

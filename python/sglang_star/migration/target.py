@@ -63,6 +63,7 @@ class Target:
         self.draining = False
         self._by_rid: dict[str, Incoming] = {}
         self._rebuilding: set[str] = set()
+        self._giving_way = False
         self._engine = engine
         self._post = post
         self._home = home
@@ -93,6 +94,9 @@ class Target:
     def _admit(self, message: Reserve) -> Incoming:
         if message.stream_id in self.moves or message.stream_id in self._host.by_stream:
             raise OrderRefused("this stream is already here")
+        self._giving_way &= self._engine.is_paused()
+        if self._giving_way:
+            raise OrderRefused("this instance is paused and computes all KV again")
         if self.draining:
             raise OrderRefused("this instance is draining")
         if len(self.moves) + len(self._host.by_stream) >= self._config.max_guests:
@@ -276,7 +280,8 @@ class Target:
             self._drop(move, message.reason)
 
     def make_way(self) -> None:
-        """The engine is about to give all KV back and compute it again."""
+        """The engine is about to give all KV back; it takes none until it goes on."""
+        self._giving_way = True
         for move in list(self.moves.values()):
             self.refuse(move, OrderRefused("this instance is paused and computes all KV again"))
 
