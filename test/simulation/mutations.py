@@ -265,7 +265,8 @@ MUTATIONS = (
     Mutation(
         "unparked unsettled",
         _SOURCE,
-        "        if self._engine.is_settled(move.req):\n            move.machine.fire(HomeEvent.RESUME)",
+        "        if self._engine.is_settled(move.req):\n"
+        "            move.machine.fire(HomeEvent.RESUME)",
         "        if True:\n            move.machine.fire(HomeEvent.RESUME)",
         "a request is put back while its last step is in flight",
     ),
@@ -331,9 +332,8 @@ MUTATIONS = (
     Mutation(
         "finished guest told to a client",
         _OUTFLOW,
-        "            # What SGLang says of a guest it just refused goes nowhere: its source is told.\n"
-        "            return req.rid.startswith(GUEST_PREFIX)\n",
-        "            return False\n",
+        "nowhere: its source is told.\n            return req.rid.startswith(GUEST_PREFIX)\n",
+        "nowhere: its source is told.\n            return False\n",
         "the second result of a finished guest goes to the detokenizer",
     ),
     Mutation(
@@ -342,6 +342,13 @@ MUTATIONS = (
         "if move.off_batch and wanted(move.req):",
         "if False:",
         "its client is gone, and it moves on",
+    ),
+    Mutation(
+        "flush sees no KV off the batch",
+        _MOVER,
+        "return bool(self.guests.arriving()) or any(",
+        "return False and any(",
+        "a flush gives away the memory of a parked request or an arriving guest",
     ),
     Mutation(
         "late hand-over not proven",
