@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from simulation.node import Node
 
 GARBAGE = -1
+OTHER_WEIGHTS = 1 << 61
+"""Above all hashes: what tells KV of one version of the weights from that of another."""
 Step = list[tuple[Request, list[int], int, int]]
 """Per request its slots at launch, and the positions ``[start, end)`` that the step writes."""
 
@@ -33,6 +35,8 @@ class FakeEngine:
 
     Attributes:
         pool: the hash that each KV slot holds; pages: who has which.
+        weights: how often they were updated; KV of other weights than these is wrong, as it is
+            where SGLang retracts all before an update.
         hidden: pages that somebody else has for a while.
         batch: those that decode; waiting: those without KV, oldest first.
         in_flight: launched steps whose results are still to come.
@@ -52,6 +56,7 @@ class FakeEngine:
         self.compiling: dict[str, Request] = {}
         self.in_flight: list[tuple[Step, list[Request]]] = []
         self._unwritten: list[Step] = []
+        self.weights = 0
         self.held_rows = 0
         self.hidden: list[int] = []
         self._joining: list[Request] = []
@@ -372,7 +377,7 @@ class FakeEngine:
         if self._unwritten and self._unwritten[0] is step:
             self._unwritten.pop(0)
             self._write(step)
-        pool = self.pool
+        pool, tag = self.pool, self.weights * OTHER_WEIGHTS
         for req, slots, _, have in step:
             if req.finished_reason is not None or req.is_retracted:
                 continue
@@ -380,17 +385,22 @@ class FakeEngine:
                 raise KvError(f"{req} decodes with KV that is not its own")
             if have != len(req.chain):
                 raise KvError(f"{req} has {len(req.chain)} tokens, its step fed the {have}th")
-            if [*map(pool.__getitem__, slots[:have])] != req.chain:
-                raise KvError(f"{req} decodes with wrong KV")
+            found = [*map(pool.__getitem__, slots[:have])]
+            if found != (req.chain if not tag else [one ^ tag for one in req.chain]):
+                raise KvError(f"{req} decodes with {self._wrong(found, req)} KV")
             req.push(req.spec.next_token(req.chain[-1], self._node.number))
             if req.finished_reason is not None:
                 self.release(req, keep_prefix=True)
         self.emit(reqs)
 
     def _write(self, step: Step) -> None:
-        pool = self.pool
+        pool, tag = self.pool, self.weights * OTHER_WEIGHTS
         for req, slots, start, end in step:
             # Of a request that has ended or lost its KV since, nobody knows what the step computes.
             known = len(req.chain) if slots is req.slots else 0
             for at in range(start, end):
-                pool[slots[at]] = req.chain[at] if at < known else GARBAGE
+                pool[slots[at]] = req.chain[at] ^ tag if at < known else GARBAGE
+
+    def _wrong(self, found: list[int], req: Request) -> str:
+        old = [one % OTHER_WEIGHTS for one in found] == req.chain
+        return "other weights'" if old else "wrong"

@@ -372,6 +372,25 @@ class History:
         node.input(now)
         self.clock.after(lasts, node.input, go_on)
 
+    def update(self, lasts: float) -> None:
+        """New weights everywhere: each engine retracts all, loads them, flushes, and goes on."""
+        for name, node in self.nodes.items():
+            self.pause(name, lasts, True)
+            node.input(lambda node=node: self._load(node, self.clock.now + lasts))
+
+    def _load(self, node: Node, until: float) -> None:
+        node.engine.weights += 1
+        self._reflush(node, until)
+
+    def _reflush(self, node: Node, until: float) -> None:
+        engine = node.engine
+        if engine.is_idle(paused=True) and not node.mover.holds_kv_off_batch:
+            self.note(node.name, "flushes")
+            engine.flush()
+        elif self.clock.now < until:
+            # SGLang says that it could not, and whoever updates asks again.
+            self.clock.after(0.01, node.input, lambda: self._reflush(node, until))
+
     def _abort_all(self, node: Node) -> None:
         guests = {guest.reserve.client_rid for guest in node.mover.guests.by_stream.values()}
         for rid, client in self.clients.items():

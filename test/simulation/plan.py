@@ -22,6 +22,8 @@ class Allowed:
         cut: two instances cannot talk; frozen: a process stands still; stuck: its scheduler does
             while its heartbeats go on; killed: it dies, and mostly comes back under its name.
         flushed: the prefix cache is forgotten.
+        updated: weights are, everywhere, after a retraction of all. Not by default: a move that
+            is under way then takes KV of the old ones along.
         full: memory is taken by others; paused: an engine's steps are, and its requests may be
             retracted then; aborted: clients give up.
     """
@@ -39,6 +41,7 @@ class Allowed:
     paused: bool = True
     aborted: bool = True
     flushed: bool = True
+    updated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +276,8 @@ def _faults(
         add("fill", dice.choice(names), dice.uniform(0.5, 1.0), span())
     if allowed.paused and some(0.15):
         add("pause", dice.choice(names), span(), dice.choice((False, True)), dice.random() < 0.1)
+    if allowed.updated and some(0.3):
+        add("update", dice.choice((0.1, 0.5, 3.0)))
     if allowed.flushed and some(0.1):
         name = dice.choice(names)
         add("flush", name)
