@@ -9,7 +9,7 @@ from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import OrderRefused, StarError
 from sglang_star.faults import Faults
-from sglang_star.migration.guests import GUEST_PREFIX, Guest, Guests
+from sglang_star.migration.guests import Guest, Guests
 from sglang_star.migration.post import Post
 from sglang_star.migration.relay import ARRIVED, MOVES, Relay
 from sglang_star.migration.states import TargetEvent, target_machine
@@ -72,7 +72,7 @@ class Arrivals:
         now = self._engine.now()
         return Guest(
             reserve=message,
-            rid=shadow.req.rid if comes_home and shadow else GUEST_PREFIX + self._engine.new_id(),
+            rid=shadow.req.rid if comes_home and shadow else self._guests.new_rid(),
             carrier=carrier_named(message.transport).receive(message.transport_setup),
             deadline=now + self._config.move_deadline_s,
             confirmed_at=now,
@@ -124,7 +124,7 @@ class Arrivals:
         guest = self._guests.by_rid.get(req.rid)
         if guest is None:
             # A guest whose move was cancelled while its grammar compiled.
-            return req.rid.startswith(GUEST_PREFIX)
+            return req.rid.startswith(self._guests.prefix)
         if guest.req is not None:
             return False
         guest.req = req

@@ -22,7 +22,7 @@ from sglang_star.protocol import Commit, MigrationMessage, Peer, Refused, Releas
 logger = logging.getLogger(__name__)
 
 GUEST_PREFIX = "star-guest-"
-"""Of rids; abort matches by prefix, so what follows is unique in itself."""
+"""Of rids; what follows no client can guess, and abort, which matches by prefix, finds one."""
 
 
 @dataclass(slots=True)
@@ -64,15 +64,21 @@ class Guests:
     Attributes:
         by_stream: guests by stream id; by_rid: the same by their rid here.
         draining: take no more.
+        prefix: of guests' rids here.
     """
 
     def __init__(self, engine: Engine, post: Post, config: StarConfig) -> None:
         self.by_stream: dict[str, Guest] = {}
         self.by_rid: dict[str, Guest] = {}
         self.draining = False
+        self.prefix = f"{GUEST_PREFIX}{engine.new_id()}-"
         self._engine = engine
         self._post = post
         self._config = config
+
+    def new_rid(self) -> str:
+        """A name for a guest that no client's request has."""
+        return self.prefix + self._engine.new_id()
 
     def add(self, guest: Guest) -> None:
         """Take in a guest whose move may still fail."""

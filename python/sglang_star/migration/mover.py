@@ -16,7 +16,7 @@ from sglang_star.errors import IllegalTransition, OrderRefused, StarError
 from sglang_star.faults import Faults
 from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.arrival import Arrivals
-from sglang_star.migration.guests import GUEST_PREFIX, Guests
+from sglang_star.migration.guests import Guests
 from sglang_star.migration.outflow import Outflow
 from sglang_star.migration.post import PeerLost, Post
 from sglang_star.migration.relay import Relay
@@ -128,9 +128,8 @@ class Mover:
         """Divert guests' output; return the requests whose clients are ours."""
         # One that has ended may come again with the step that was in flight, when it is no guest
         # of ours any more.
-        own = [
-            req for req in reqs if not (req.rid.startswith(GUEST_PREFIX) and self._diverted(req))
-        ]
+        prefix = self.guests.prefix
+        own = [req for req in reqs if not (req.rid.startswith(prefix) and self._diverted(req))]
         for req in own:
             if hasattr(req, CLOCK):
                 with self._faults.contained("the report of a move"):

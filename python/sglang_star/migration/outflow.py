@@ -8,7 +8,7 @@ import orjson
 
 from sglang_star.engine.verbs import Engine, Request
 from sglang_star.errors import OrderRefused
-from sglang_star.migration.guests import GUEST_PREFIX, Guests
+from sglang_star.migration.guests import Guests
 from sglang_star.migration.post import Post
 from sglang_star.migration.relay import ESTIMATE
 from sglang_star.migration.states import TargetEvent
@@ -28,7 +28,7 @@ class Outflow:
         guest = self._guests.by_rid.get(req.rid)
         if guest is None or guest.comes_home:
             # What SGLang says of a guest it just refused goes nowhere: its source is told.
-            return req.rid.startswith(GUEST_PREFIX)
+            return req.rid.startswith(self._guests.prefix)
         have = len(req.output_ids)
         if guest.arriving or guest.muted or (have == guest.sent and not req.finished()):
             if req.finished():
@@ -56,7 +56,7 @@ class Outflow:
         """SGLang ended a guest outside its output stream; tell home. False if not a guest."""
         guest = self._guests.by_rid.get(rid)
         if guest is None or guest.comes_home:
-            return rid.startswith(GUEST_PREFIX)
+            return rid.startswith(self._guests.prefix)
         if guest.arriving:
             self._guests.refuse(guest.reserve, OrderRefused("the target aborted the request"))
             return True
