@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sglang_star.migration.guests import GUEST_PREFIX
 from simulation.tokens import Spec
 
 DISTURBED_S = 2.0
@@ -24,6 +25,7 @@ class Allowed:
         flushed: the prefix cache is forgotten.
         updated: weights are, everywhere, after a retraction of all. Not by default: a move that
             is under way then takes KV of the old ones along.
+        guestlike: clients give names that begin like a guest's.
         full: memory is taken by others; paused: an engine's steps are, and its requests may be
             retracted then; aborted: clients give up.
     """
@@ -42,6 +44,7 @@ class Allowed:
     aborted: bool = True
     flushed: bool = True
     updated: bool = False
+    guestlike: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ def draw(seed: int, allowed: Allowed) -> Plan:
     longest = tokens - 3 * page
     requests: Any = ()
     for index in range(dice.randint(1, 5)):
-        requests += (_request(dice, index, names, longest, requests),)
+        requests += (_request(dice, index, names, longest, requests, allowed),)
     events: list[Event] = []
     _orders(dice, names, requests, events)
     if len(names) > 2 and dice.random() < 0.3:
@@ -122,7 +125,7 @@ def draw(seed: int, allowed: Allowed) -> Plan:
 
 
 def _request(
-    dice: random.Random, index: int, names: str, longest: int, others: Any
+    dice: random.Random, index: int, names: str, longest: int, others: Any, allowed: Allowed
 ) -> tuple[float, str, Spec]:
     """One that fits an engine's memory, of ``longest`` tokens, if nobody else is there."""
     grammar = dice.random()
@@ -133,7 +136,7 @@ def _request(
         shared = dice.choice(others)[2].prompt
         prompt = (*shared[: dice.randint(1, len(shared))], *prompt[: dice.randint(0, 8)])
     spec = Spec(
-        rid=f"r{index}",
+        rid=f"{GUEST_PREFIX if allowed.guestlike and dice.random() < 0.05 else ''}r{index}",
         prompt=prompt,
         max_new_tokens=min(output, longest - len(prompt)),
         end_every=dice.choice((40, 10**9, 10**9)),
