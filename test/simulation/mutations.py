@@ -332,7 +332,8 @@ MUTATIONS = (
     Mutation(
         "finished guest told to a client",
         _OUTFLOW,
-        "nowhere: its source is told.\n            return req.rid.startswith(self._guests.prefix)\n",
+        "nowhere: its source is told.\n"
+        "            return req.rid.startswith(self._guests.prefix)\n",
         "nowhere: its source is told.\n            return False\n",
         "the second result of a finished guest goes to the detokenizer",
     ),
