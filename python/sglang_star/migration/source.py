@@ -103,6 +103,8 @@ class Source:
             OrderRefused: it cannot start; the request is untouched.
         """
         self._check(req, target)
+        # Before anything is opened: a request that cannot be described leaves nothing behind.
+        request, prompt = self._engine.describe(req)
         slot_tokens = self._slot_tokens()
         try:
             carrier = carrier_named(self._config.transport).send(
@@ -128,7 +130,6 @@ class Source:
             started_at=self._engine.wall(),
             hold_at=None if hold_after is None else len(req.output_ids) + hold_after,
         )
-        request, prompt = self._engine.describe(req)
         self.moves[move.migration_id] = move
         move.machine.fire(HomeEvent.ORDER)
         self._log.clock(req)
