@@ -26,17 +26,22 @@ HANGS_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """``old`` in ``module`` becomes ``new``; ``why`` it matters."""
+    """``old`` in ``module`` becomes ``new``; ``why`` it matters.
+
+    ``also`` are further (module, old, new): where two checks say the same, both must go.
+    """
 
     name: str
     module: str
     old: str
     new: str
     why: str
+    also: tuple[tuple[str, str, str], ...] = ()
 
 
 _RELAY, _ARRIVAL, _GUESTS = "migration/relay.py", "migration/arrival.py", "migration/guests.py"
 _SOURCE, _CARGO, _MOVER = "migration/source.py", "migration/cargo.py", "migration/mover.py"
+_NEVER = "            if False:\n"
 _OUTFLOW, _WATCH = "migration/outflow.py", "migration/watch.py"
 
 MUTATIONS = (
@@ -103,6 +108,9 @@ MUTATIONS = (
         'self._over(shadow.stream_id, "the stream has ended at home")',
         "pass",
         "an abort while the request comes home leaves the guest, and its commit ends the engine",
+        also=(
+            (_ARRIVAL, "            if message.stream_id not in self._relay.shadows:\n", _NEVER),
+        ),
     ),
     Mutation(
         "arrival home kept after a reclaim",
@@ -378,11 +386,12 @@ def mutate(mutation: Mutation, package: Path) -> None:
     Raises:
         AnchorLost: the module's text has changed; adapt the mutation.
     """
-    path = package / mutation.module
-    text = path.read_text() if path.exists() else ""
-    if (count := text.count(mutation.old)) != 1:
-        raise AnchorLost(f"{mutation.name}: its text stands {count} times in {mutation.module}")
-    path.write_text(text.replace(mutation.old, mutation.new))
+    for module, old, new in ((mutation.module, mutation.old, mutation.new), *mutation.also):
+        path = package / module
+        text = path.read_text() if path.exists() else ""
+        if (count := text.count(old)) != 1:
+            raise AnchorLost(f"{mutation.name}: its text stands {count} times in {module}")
+        path.write_text(text.replace(old, new))
 
 
 def hunt(mutation: Mutation, limit: int) -> str:
