@@ -8,10 +8,17 @@ failed once is kept in ``kept/`` and runs for ever; ``test_scripted`` has those 
     PYTHONPATH=test python -m simulation --histories 100000
     PYTHONPATH=test python -m simulation --seed 17            # replay, shrunk, with its trace
     PYTHONPATH=test python -m simulation --without killed,cut # leave kinds of faults out
+    PYTHONPATH=test python -m simulation --with updated       # add one that is off by default
+    PYTHONPATH=test python -m simulation.mutations            # can it fail? defects put back
+    benchmark/runs/histories.sh OUT                           # a million, in parts
 
-Left out so far: prefill instances and their way of recomputing, KV kept in a prefix cache (it is
-free at once), weight updates and flushes, copies that complete after the verb that started them,
-several ranks, a process that is killed in the middle of a step boundary, shared-memory segments
-whose sender died before they were opened (they stay behind), a scheduler that never goes on while
-its heartbeats do (nobody reclaims from it), client names that begin like a guest's.
+Copies are complete when ``gather`` and ``scatter`` return, as the verbs promise; a carrier's slot
+is filled again as soon as the protocol has it back. A step reads and writes KV late: when its
+result is asked for, or the device is waited for. In a history whose faults lose nothing and last
+for less than any time-out, no stream may be reclaimed.
+
+Left out so far: prefill instances and their way of recomputing, several ranks, a process that is
+killed in the middle of a step boundary, shared-memory segments whose sender died before they were
+opened (they stay behind), a scheduler that never goes on while its heartbeats do (nobody reclaims
+from it).
 """

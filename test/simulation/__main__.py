@@ -27,6 +27,7 @@ def main() -> int:
     )
     parser.add_argument("--stop", action="store_true", help="end the campaign at a failure")
     parser.add_argument("--without", default="", help="kinds of faults to leave out: lost,cut,...")
+    parser.add_argument("--with", dest="also", default="", help="kinds to add: updated,...")
     parser.add_argument("--whole", action="store_true", help="do not shrink")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the shrunk history there")
     parser.add_argument("--lines", type=int, default=60, help="of the trace")
@@ -35,7 +36,8 @@ def main() -> int:
     if arguments.stop and not arguments.campaign:
         parser.error("--stop goes with --campaign")
     left_out = [name for name in arguments.without.split(",") if name]
-    allowed = Allowed(**dict.fromkeys(left_out, False))
+    added = [name for name in arguments.also.split(",") if name]
+    allowed = Allowed(**dict.fromkeys(left_out, False), **dict.fromkeys(added, True))
     if arguments.plan:
         return tell(msgspec.json.decode(arguments.plan.read_bytes(), type=Plan), arguments)
     if arguments.seed is not None:

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from sglang_star.errors import MalformedMessage, OrderRefused
+from simulation.pages import Pages
 from simulation.request import Request
 
 if TYPE_CHECKING:
     from simulation.node import Node
 
 GARBAGE = -1
-Step = list[tuple[Request, list[int], int]]
-"""Per request its slots at launch, and the position that the step writes; all below are new to a
-prefill."""
+OTHER_WEIGHTS = 1 << 61
+"""Above all hashes: what tells KV of one version of the weights from that of another."""
+Step = list[tuple[Request, list[int], int, int]]
+"""Per request its slots at launch, and the positions ``[start, end)`` that the step writes."""
 
 
 class KvError(AssertionError):
@@ -32,7 +34,10 @@ class FakeEngine:
     """One engine's memory, batch and queues.
 
     Attributes:
-        pool: the hash that each KV slot holds; free: pages that nobody has.
+        pool: the hash that each KV slot holds; pages: who has which.
+        version: how often its weights were updated; KV of other weights than these is wrong, as it is
+            where SGLang retracts all before an update.
+        hidden: pages that somebody else has for a while.
         batch: those that decode; waiting: those without KV, oldest first.
         in_flight: launched steps whose results are still to come.
     """
@@ -44,14 +49,14 @@ class FakeEngine:
     def __init__(self, node: Node, *, page_size: int, pages: int, rows: int) -> None:
         self.page_size = page_size
         self.rows = rows
-        self.pages = pages
         self.pool = [GARBAGE] * (pages * page_size)
-        self.free = list(range(pages))
+        self.pages = Pages(pages, page_size)
         self.batch: list[Request] = []
         self.waiting: list[Request] = []
         self.compiling: dict[str, Request] = {}
         self.in_flight: list[tuple[Step, list[Request]]] = []
         self._unwritten: list[Step] = []
+        self.version = 0
         self.held_rows = 0
         self.hidden: list[int] = []
         self._joining: list[Request] = []
@@ -70,7 +75,7 @@ class FakeEngine:
         return f"{self._node.name}{self._node.peer.incarnation}.{next(self._ids)}"
 
     def weights(self) -> str:
-        return "default"
+        return str(self.version)
 
     def is_paused(self) -> bool:
         return self._node.paused
@@ -78,7 +83,7 @@ class FakeEngine:
     # ------------------------------------------------------------------ room
 
     def free_tokens(self) -> int:
-        return len(self.free) * self.page_size
+        return self.pages.available() * self.page_size
 
     def has_slot(self, arriving: int) -> bool:
         return len(self.batch) + arriving < self.rows and self.held_rows < self.rows
@@ -141,8 +146,8 @@ class FakeEngine:
     def release(self, req: Request, *, keep_prefix: bool) -> None:
         if not req.row:
             return
-        size = self.page_size
-        self.free.extend({index // size: None for index in req.slots})
+        complete = min(req.committed, len(req.chain) - 1) if keep_prefix else 0
+        self.pages.give(req.slots, req.chain, complete)
         req.slots = []
         req.committed = 0
         req.row = False
@@ -187,9 +192,9 @@ class FakeEngine:
         last = req.slots[-1] // size if req.slots else 0
         have = len(req.slots)
         wanted = -(-length // size) - (-(-have // size))
-        if wanted > len(self.free):
+        if wanted > self.pages.available():
             return False
-        pages = [self.free.pop() for _ in range(wanted)]
+        pages = [self.pages.take() for _ in range(wanted)]
         for position in range(have, length):
             if position % size == 0:
                 last = pages.pop()
@@ -305,21 +310,22 @@ class FakeEngine:
             if have % size:
                 slots.append(slots[-1] + 1)
             else:
-                slots.append(self.free.pop() * size)
+                slots.append(self.pages.take() * size)
             req.committed += 1
-            step.append((req, slots, have))
+            step.append((req, slots, have, have + 1))
         if step:
             self._launched(step)
         return bool(step)
 
     def _launched(self, step: Step) -> None:
-        self.in_flight.append((step, [req for req, _, _ in step]))
+        self.in_flight.append((step, [req for req, *_ in step]))
         self._unwritten.append(step)
 
     def _fits(self, reqs: Sequence[Request]) -> bool:
-        if len(reqs) <= len(self.free):
+        available = self.pages.available()
+        if len(reqs) <= available:
             return True
-        return sum(len(req.slots) % self.page_size == 0 for req in reqs) <= len(self.free)
+        return sum(len(req.slots) % self.page_size == 0 for req in reqs) <= available
 
     def _prefill(self) -> Step:
         step: Step = []
@@ -330,18 +336,41 @@ class FakeEngine:
             del self.waiting[0]
             self.seat(req, req.max_new_tokens)
             req.is_retracted = False
+            req.slots = self.pages.share(req.chain)
+            start = len(req.slots)
             self.extend(req, len(req.chain))
             req.committed = len(req.chain)
             self._joining.append(req)
-            step.append((req, req.slots, -len(req.slots)))
+            step.append((req, req.slots, start, len(req.slots)))
         return step
 
     def retract(self, req: Request) -> None:
         """Take its KV; it waits to be computed again, and its step in flight does not count."""
-        self.batch.remove(req)
+        self.batch = [other for other in self.batch if other is not req]
         self.release(req, keep_prefix=False)
         req.is_retracted = True
         self.waiting.append(req)
+
+    def retract_all(self) -> None:
+        """As a pause that retracts, once no result is to come."""
+        for req in [r for r in (*self.batch, *self._joining) if not r.finished()]:
+            self.retract(req)
+        self._joining = []
+
+    def is_idle(self, *, paused: bool) -> bool:
+        """Whether SGLang itself sees nothing that holds KV."""
+        batch = [req for req in self.batch if not req.finished()]
+        return not (
+            batch
+            or self._joining
+            or self.in_flight
+            or (not paused and (self.waiting or self.compiling))
+        )
+
+    def flush(self) -> None:
+        """Forget the prefix cache, and all else: SGLang does so only when nothing is here."""
+        self.pages.clear(self.hidden)
+        self.held_rows = 0
 
     def sync(self) -> None:
         """The device has done all it was told."""
@@ -355,29 +384,30 @@ class FakeEngine:
         if self._unwritten and self._unwritten[0] is step:
             self._unwritten.pop(0)
             self._write(step)
-        pool = self.pool
-        for req, slots, position in step:
+        pool, tag = self.pool, self.version * OTHER_WEIGHTS
+        for req, slots, _, have in step:
             if req.finished_reason is not None or req.is_retracted:
                 continue
             if slots is not req.slots:
                 raise KvError(f"{req} decodes with KV that is not its own")
-            have = -position if position < 0 else position + 1
             if have != len(req.chain):
                 raise KvError(f"{req} has {len(req.chain)} tokens, its step fed the {have}th")
-            if [*map(pool.__getitem__, slots[:have])] != req.chain:
-                raise KvError(f"{req} decodes with wrong KV")
+            found = [*map(pool.__getitem__, slots[:have])]
+            if found != (req.chain if not tag else [one ^ tag for one in req.chain]):
+                raise KvError(f"{req} decodes with {self._wrong(found, req)} KV")
             req.push(req.spec.next_token(req.chain[-1], self._node.number))
             if req.finished_reason is not None:
                 self.release(req, keep_prefix=True)
         self.emit(reqs)
 
     def _write(self, step: Step) -> None:
-        for req, slots, position in step:
-            mine = slots is req.slots
-            if position < 0:
-                for at in range(-position):
-                    self.pool[slots[at]] = req.chain[at] if mine else GARBAGE
-            elif mine and position < len(req.chain):
-                self.pool[slots[position]] = req.chain[position]
-            else:
-                self.pool[slots[position]] = GARBAGE
+        pool, tag = self.pool, self.version * OTHER_WEIGHTS
+        for req, slots, start, end in step:
+            # Of a request that has ended or lost its KV since, nobody knows what the step computes.
+            known = len(req.chain) if slots is req.slots else 0
+            for at in range(start, end):
+                pool[slots[at]] = req.chain[at] ^ tag if at < known else GARBAGE
+
+    def _wrong(self, found: list[int], req: Request) -> str:
+        old = [one % OTHER_WEIGHTS for one in found] == req.chain
+        return "other weights'" if old else "wrong"

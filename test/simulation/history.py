@@ -333,16 +333,31 @@ class History:
     def fill(self, name: str, share: float, lasts: float) -> None:
         """Somebody else has most of the memory for a while."""
         engine = self.nodes[name].engine
-        taken = [engine.free.pop() for _ in range(int(len(engine.free) * share))]
+        taken = [engine.pages.take() for _ in range(int(engine.pages.available() * share))]
         engine.hidden += taken
         self.clock.after(lasts, self._empty, engine, taken)
 
     def _empty(self, engine: Any, taken: list[int]) -> None:
-        engine.free += taken
+        engine.pages.free += taken
         engine.hidden = [page for page in engine.hidden if page not in set(taken)]
 
-    def pause(self, name: str, lasts: float, retract: bool) -> None:
+    def flush(self, name: str) -> None:
         node = self.nodes[name]
+
+        def now() -> None:
+            engine, mover = node.engine, node.mover
+            if engine.is_idle(paused=node.paused) and not mover.holds_kv_off_batch:
+                self.note(name, "flushes")
+                engine.flush()
+
+        node.input(now)
+
+    def pause(self, name: str, lasts: float, retract: bool, abort: bool = False) -> None:
+        """As SGLang pauses: in place, after a retraction of all, or after aborting all."""
+        node = self.nodes[name]
+        if abort:
+            node.input(lambda: self._abort_all(node))
+            return
 
         def now() -> None:
             node.paused = True
@@ -352,14 +367,39 @@ class History:
         def recompute() -> None:
             while node.engine.in_flight:
                 node.engine.result()
-            for req in [r for r in node.engine.batch if not r.finished()]:
-                node.engine.retract(req)
+            node.engine.retract_all()
 
         def go_on() -> None:
             node.paused = False
 
         node.input(now)
         self.clock.after(lasts, node.input, go_on)
+
+    def update(self, lasts: float) -> None:
+        """New weights everywhere: each engine retracts all, loads them, flushes, and goes on."""
+        for name, node in self.nodes.items():
+            self.pause(name, lasts, True)
+            node.input(lambda node=node: self._load(node, self.clock.now + lasts))
+
+    def _load(self, node: Node, until: float) -> None:
+        node.engine.version += 1
+        self._reflush(node, until)
+
+    def _reflush(self, node: Node, until: float) -> None:
+        engine = node.engine
+        if engine.is_idle(paused=True) and not node.mover.holds_kv_off_batch:
+            self.note(node.name, "flushes")
+            engine.flush()
+        elif self.clock.now < until:
+            # SGLang says that it could not, and whoever updates asks again.
+            self.clock.after(0.01, node.input, lambda: self._reflush(node, until))
+
+    def _abort_all(self, node: Node) -> None:
+        guests = {guest.client_rid for guest in node.mover.host.by_stream.values()}
+        for rid, client in self.clients.items():
+            if client.end is None and (client.home is node or rid in guests):
+                client.excused = "aborted"
+        node.engine.abort_for("", {})
 
     def _calm(self) -> None:
         """No message is lost, doubled or delayed any more; what lasts ends by itself."""

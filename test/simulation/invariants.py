@@ -46,5 +46,5 @@ def _empty(node: Node) -> Iterator[str]:
     for what, left in kept.items():
         if left:
             yield f"{node.name} keeps {what}: {left}"
-    if sorted(engine.free) != list(range(engine.pages)):
-        yield f"{node.name} has {len(engine.free)} free pages of {engine.pages}"
+    if not engine.pages.all_given_back():
+        yield f"{node.name} has {engine.pages.available()} free pages of {engine.pages.count}"

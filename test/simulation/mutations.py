@@ -26,17 +26,22 @@ HANGS_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """``old`` in ``module`` becomes ``new``; ``why`` it matters."""
+    """``old`` in ``module`` becomes ``new``; ``why`` it matters.
+
+    ``also`` are further (module, old, new): where two checks say the same, both must go.
+    """
 
     name: str
     module: str
     old: str
     new: str
     why: str
+    also: tuple[tuple[str, str, str], ...] = ()
 
 
 _RELAY, _ARRIVAL, _GUESTS = "migration/relay.py", "migration/arrival.py", "migration/guests.py"
 _SOURCE, _CARGO, _MOVER = "migration/source.py", "migration/cargo.py", "migration/mover.py"
+_NEVER = "            if False:\n"
 _OUTFLOW, _WATCH = "migration/outflow.py", "migration/watch.py"
 
 MUTATIONS = (
@@ -103,6 +108,9 @@ MUTATIONS = (
         'self._over(shadow.stream_id, "the stream has ended at home")',
         "pass",
         "an abort while the request comes home leaves the guest, and its commit ends the engine",
+        also=(
+            (_ARRIVAL, "            if message.stream_id not in self._relay.shadows:\n", _NEVER),
+        ),
     ),
     Mutation(
         "arrival home kept after a reclaim",
@@ -265,7 +273,8 @@ MUTATIONS = (
     Mutation(
         "unparked unsettled",
         _SOURCE,
-        "        if self._engine.is_settled(move.req):\n            move.machine.fire(HomeEvent.RESUME)",
+        "        if self._engine.is_settled(move.req):\n"
+        "            move.machine.fire(HomeEvent.RESUME)",
         "        if True:\n            move.machine.fire(HomeEvent.RESUME)",
         "a request is put back while its last step is in flight",
     ),
@@ -331,9 +340,9 @@ MUTATIONS = (
     Mutation(
         "finished guest told to a client",
         _OUTFLOW,
-        "            # What SGLang says of a guest it just refused goes nowhere: its source is told.\n"
-        "            return req.rid.startswith(GUEST_PREFIX)\n",
-        "            return False\n",
+        "nowhere: its source is told.\n"
+        "            return req.rid.startswith(self._guests.prefix)\n",
+        "nowhere: its source is told.\n            return False\n",
         "the second result of a finished guest goes to the detokenizer",
     ),
     Mutation(
@@ -342,6 +351,13 @@ MUTATIONS = (
         "if move.off_batch and wanted(move.req):",
         "if False:",
         "its client is gone, and it moves on",
+    ),
+    Mutation(
+        "flush sees no KV off the batch",
+        _MOVER,
+        "return bool(self.guests.arriving()) or any(",
+        "return False and any(",
+        "a flush gives away the memory of a parked request or an arriving guest",
     ),
     Mutation(
         "late hand-over not proven",
@@ -370,11 +386,12 @@ def mutate(mutation: Mutation, package: Path) -> None:
     Raises:
         AnchorLost: the module's text has changed; adapt the mutation.
     """
-    path = package / mutation.module
-    text = path.read_text() if path.exists() else ""
-    if (count := text.count(mutation.old)) != 1:
-        raise AnchorLost(f"{mutation.name}: its text stands {count} times in {mutation.module}")
-    path.write_text(text.replace(mutation.old, mutation.new))
+    for module, old, new in ((mutation.module, mutation.old, mutation.new), *mutation.also):
+        path = package / module
+        text = path.read_text() if path.exists() else ""
+        if (count := text.count(old)) != 1:
+            raise AnchorLost(f"{mutation.name}: its text stands {count} times in {module}")
+        path.write_text(text.replace(old, new))
 
 
 def hunt(mutation: Mutation, limit: int) -> str:

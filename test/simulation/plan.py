@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sglang_star.migration.target import GUEST_PREFIX
 from simulation.tokens import Spec
 
 DISTURBED_S = 2.0
@@ -21,6 +22,9 @@ class Allowed:
         slow: what one instance sends to another is late, always by the same time.
         cut: two instances cannot talk; frozen: a process stands still; stuck: its scheduler does
             while its heartbeats go on; killed: it dies, and mostly comes back under its name.
+        flushed: the prefix cache is forgotten.
+        updated: weights are, everywhere, after a retraction of all.
+        guestlike: clients give names that begin like a guest's.
         full: memory is taken by others; paused: an engine's steps are, and its requests may be
             retracted then; aborted: clients give up.
     """
@@ -37,6 +41,9 @@ class Allowed:
     full: bool = True
     paused: bool = True
     aborted: bool = True
+    flushed: bool = True
+    updated: bool = True
+    guestlike: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +109,9 @@ def draw(seed: int, allowed: Allowed) -> Plan:
         for name in names
     }
     longest = tokens - 3 * page
-    requests = tuple(_request(dice, i, names, longest) for i in range(dice.randint(1, 5)))
+    requests: Any = ()
+    for index in range(dice.randint(1, 5)):
+        requests += (_request(dice, index, names, longest, requests, allowed),)
     events: list[Event] = []
     _orders(dice, names, requests, events)
     if len(names) > 2 and dice.random() < 0.3:
@@ -114,13 +123,19 @@ def draw(seed: int, allowed: Allowed) -> Plan:
     return Plan(seed, shapes, dice.choice((4, 16, 64)), requests, tuple(events))
 
 
-def _request(dice: random.Random, index: int, names: str, longest: int) -> tuple[float, str, Spec]:
+def _request(
+    dice: random.Random, index: int, names: str, longest: int, others: Any, allowed: Allowed
+) -> tuple[float, str, Spec]:
     """One that fits an engine's memory, of ``longest`` tokens, if nobody else is there."""
     grammar = dice.random()
     output = dice.choice((5, 20, 60, 60, 90)) if dice.random() < 0.97 else 300
     prompt = tuple(dice.randrange(1, 500) for _ in range(dice.randint(2, 40)))
+    if others and dice.random() < 0.4:
+        # They share a prefix, which stays in the cache.
+        shared = dice.choice(others)[2].prompt
+        prompt = (*shared[: dice.randint(1, len(shared))], *prompt[: dice.randint(0, 8)])
     spec = Spec(
-        rid=f"r{index}",
+        rid=f"{GUEST_PREFIX if allowed.guestlike and dice.random() < 0.05 else ''}r{index}",
         prompt=prompt,
         max_new_tokens=min(output, longest - len(prompt)),
         end_every=dice.choice((40, 10**9, 10**9)),
@@ -262,7 +277,15 @@ def _faults(
     if allowed.full and some(0.15):
         add("fill", dice.choice(names), dice.uniform(0.5, 1.0), span())
     if allowed.paused and some(0.15):
-        add("pause", dice.choice(names), span(), dice.choice((False, True)))
+        add("pause", dice.choice(names), span(), dice.choice((False, True)), dice.random() < 0.1)
+    if allowed.updated and some(0.3):
+        add("update", dice.choice((0.1, 0.5, 3.0)))
+    if allowed.flushed and some(0.1):
+        name = dice.choice(names)
+        add("flush", name)
+        if dice.random() < 0.5:
+            last = events[-1]
+            events.append(Event(last.at, "pause", (name, span(), True, False), True))
     for at, _, spec in requests:
         if allowed.aborted and some(0.2):
             when = at + dice.expovariate(3.0)

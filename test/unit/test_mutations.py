@@ -12,11 +12,13 @@ from simulation.mutations import MUTATIONS, PACKAGE, AnchorLost, Mutation, mutat
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_mutation_still_finds_its_text(mutation: Mutation, tmp_path: Path) -> None:
-    module = tmp_path / mutation.module
-    module.parent.mkdir()
-    module.write_text((PACKAGE / mutation.module).read_text())
+    modules = {mutation.module, *(module for module, _, _ in mutation.also)}
+    for module in modules:
+        (tmp_path / module).parent.mkdir(exist_ok=True)
+        (tmp_path / module).write_text((PACKAGE / module).read_text())
     mutate(mutation, tmp_path)
-    ast.parse(module.read_text())
+    for module in modules:
+        ast.parse((tmp_path / module).read_text())
 
 
 def test_a_text_that_is_gone_is_told(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ class AtHome:
         self.sent: list[Any] = []
         self.joined: list[Any] = []
         self.engine: Any = SimpleNamespace(
+            new_id=lambda: "id",
             page_size=1,
             token_bytes=8,
             now=time.monotonic,

@@ -110,9 +110,18 @@ def slot_size(engine: Engine, copy_tokens: int) -> int:
     return max(engine.page_size, tokens // engine.page_size * engine.page_size)
 
 
-def reservation(engine: Engine, move: Outgoing, transport: str, fingerprint: str) -> Reserve:
-    """What a target is asked with, and all it needs to make the same request."""
-    request, prompt = engine.describe(move.req)
+def reservation(
+    engine: Engine,
+    move: Outgoing,
+    described: tuple[bytes, bytes],
+    transport: str,
+    fingerprint: str,
+) -> Reserve:
+    """What a target is asked with, and all it needs to make the same request.
+
+    ``described`` is what the engine says of the request (:meth:`Engine.describe`).
+    """
+    request, prompt = described
     return Reserve(
         route=move.route,
         source=move.source,

@@ -112,6 +112,8 @@ class Sender:
                 f"{len(self.moves)} moves are under way from here, the most allowed",
                 hint="retry later, or raise --star-max-moves",
             )
+        # Before anything is opened: a request that cannot be described leaves nothing behind.
+        described = self._engine.describe(req)
         slot_tokens = slot_size(self._engine, self._config.copy_tokens_per_step)
         try:
             carrier = carrier_named(self._config.transport).send(
@@ -139,7 +141,10 @@ class Sender:
         )
         self.moves[move.migration_id] = move
         self._log.clock(req)
-        self._send(reservation(self._engine, move, self._config.transport, self._fingerprint), move)
+        self._send(
+            reservation(self._engine, move, described, self._config.transport, self._fingerprint),
+            move,
+        )
         if move.held:
             self._park(move)
         return move
