@@ -245,7 +245,7 @@ def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: 
             home, target = fleet.engines
             processes = family(fleet.engines[target])
             async with everything_at(fleet, home):
-                [stream] = streams_of(fleet, CASES[:1])
+                [stream] = streams_of(fleet, {"greedy": {}})
                 await stream.until(Endless.REST)
             with frozen(processes):
                 # It leaves the batch at once, and its target does not answer.

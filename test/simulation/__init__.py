@@ -8,7 +8,6 @@ failed once is kept in ``kept/`` and runs for ever; ``test_scripted`` has those 
     PYTHONPATH=test python -m simulation --histories 100000
     PYTHONPATH=test python -m simulation --seed 17            # replay, shrunk, with its trace
     PYTHONPATH=test python -m simulation --without killed,cut # leave kinds of faults out
-    PYTHONPATH=test python -m simulation --with updated       # add one that is off by default
     PYTHONPATH=test python -m simulation.mutations            # can it fail? defects put back
     benchmark/runs/histories.sh OUT                           # a million, in parts
 

@@ -35,8 +35,8 @@ class FakeEngine:
 
     Attributes:
         pool: the hash that each KV slot holds; pages: who has which.
-        version: how often its weights were updated; KV of other weights than these is wrong, as it is
-            where SGLang retracts all before an update.
+        version: how often its weights were updated; KV of other weights than these is wrong, as
+            it is where SGLang retracts all before an update.
         hidden: pages that somebody else has for a while.
         batch: those that decode; waiting: those without KV, oldest first.
         in_flight: launched steps whose results are still to come.

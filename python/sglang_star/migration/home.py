@@ -65,6 +65,7 @@ class Home:
 
     Attributes:
         shadows: by stream id.
+        fresh: requests with tokens that their clients were not sent yet, by rid.
     """
 
     def __init__(
@@ -82,8 +83,8 @@ class Home:
         self._log = log
         self._over = over
         self._timeout_s = timeout_s
-        # By rid: SGLang's detokenizer must not see a request twice in one batch.
-        self._fresh: dict[str, Request] = {}
+        # SGLang's detokenizer must not see a request twice in one batch.
+        self.fresh: dict[str, Request] = {}
 
     # ------------------------------------------------------------------ a stream leaves, returns
 
@@ -165,9 +166,9 @@ class Home:
 
     def flush(self) -> None:
         """Send what arrived in this tick to the clients."""
-        if self._fresh:
-            fresh = list(self._fresh.values())
-            self._fresh.clear()
+        fresh = list(self.fresh.values())
+        self.fresh.clear()
+        if fresh:
             self._engine.emit(fresh)
 
     def _append(self, shadow: Shadow, chunk: TokenChunk) -> None:
@@ -182,7 +183,7 @@ class Home:
             self._end(shadow, LentEvent.FINISH, reason)
             if not chunk.finished:
                 self._release(shadow.stream_id, shadow.migration_id, shadow.host, "finished")
-        self._fresh[req.rid] = req
+        self.fresh[req.rid] = req
 
     def _end(self, shadow: Shadow, event: LentEvent, reason: dict[str, Any] | None) -> None:
         shadow.machine.fire(event)
@@ -197,7 +198,7 @@ class Home:
         for shadow in [s for s in self.shadows.values() if wanted(s.req)]:
             self._end(shadow, LentEvent.ABORT, reason)
             self._release(shadow.stream_id, shadow.migration_id, shadow.host, "aborted")
-            self._fresh[shadow.req.rid] = shadow.req
+            self.fresh[shadow.req.rid] = shadow.req
         self.flush()
 
     def on_live(self, peer: Peer, live: frozenset[str]) -> None:

@@ -97,6 +97,8 @@ class Mover:
 
     def flush(self) -> None:
         """Send tokens that came home to their clients; may be called while a step runs."""
+        if not self.home.fresh:
+            return
         # What does not get out now goes with the request's next tokens: the engine keeps count.
         with self._faults.contained("relayed tokens"):
             self.home.flush()
