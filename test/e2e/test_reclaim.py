@@ -244,12 +244,15 @@ def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: 
             await fleet.settle()
             home, target = fleet.engines
             processes = family(fleet.engines[target])
+            star = (await fleet.get(fleet.engines[target] + "/server_info"))["star"]
+            peer = {name: star[name] for name in ("instance_id", "incarnation")}
+            peer["address"] = star["migration_address"]
             async with everything_at(fleet, home):
                 [stream] = streams_of(fleet, {"greedy": {}})
                 await stream.until(Endless.REST)
             with frozen(processes):
                 # It leaves the batch at once, and its target does not answer.
-                code, order = await fleet.order(stream.rid, home, target, hold_after=0)
+                code, order = await fleet.order(stream.rid, home, target, hold_after=0, peer=peer)
                 assert code == 202, order
                 async with paused(fleet, home, "retract"):
                     [move] = [
