@@ -265,6 +265,7 @@ def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: 
                     await call(fleet, home, "/flush_cache")
                     await call(fleet, home, "/update_weight_version", new_version="later")
             # Now their weights differ: KV of one is of no use to the other.
+            await fleet.found(stream.rid)
             code, order = await fleet.order(stream.rid, home, target)
             assert code == 202, order
             outcome = await fleet.report(order["migration_id"])
