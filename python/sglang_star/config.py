@@ -58,6 +58,12 @@ class StarConfig:
         "there are recomputed here. One whose process is gone is noticed within about a second.",
         "S",
     )
+    stuck_timeout_s: float = _flag(
+        60.0,
+        "An instance whose scheduler has not come to a step boundary for this long sends no more "
+        "heartbeats, so that its peers give it up; longer than any prefill step takes.",
+        "S",
+    )
     paced: str = _flag(
         "",
         "Pad every forward by sleeping to the modelled step time of this profile "
@@ -74,7 +80,13 @@ class StarConfig:
         Raises:
             ConfigError: naming the flag.
         """
-        for name in ("status_interval_ms", "move_deadline_s", "heartbeat_s", "peer_timeout_s"):
+        for name in (
+            "status_interval_ms",
+            "move_deadline_s",
+            "heartbeat_s",
+            "peer_timeout_s",
+            "stuck_timeout_s",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_option(name)} must be positive, not {getattr(self, name)}")
         for name in ("max_moves", "max_guests", "copy_tokens_per_step"):

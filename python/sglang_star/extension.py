@@ -60,6 +60,7 @@ class Extension:
             status_port=config.status_port,
             heartbeat_s=config.heartbeat_s,
             timeout_s=config.peer_timeout_s,
+            stuck_s=config.stuck_timeout_s,
         )
         if left := sweep():
             logger.info("STAR removed %d segments that killed engines had left", len(left))
@@ -114,6 +115,7 @@ class Extension:
 
     def tick(self) -> None:
         """Handle what arrived, advance moves, publish; SGLang is between two steps."""
+        self._links.pulse.beat(time.monotonic())
         self._receive()
         if self._mover.target.moves:
             self._await_commit()

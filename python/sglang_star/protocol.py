@@ -76,7 +76,7 @@ class MoveReport(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
         context_tokens: tokens whose KV moved; precopied_tokens: of these, copied while decoding.
         stall_ms: gap between the last token decoded by the source and the first relayed one,
             minus ``step_ms``; stall_steps: the same divided by ``step_ms``.
-        step_ms: median step time of the request before the move.
+        step_ms: mean decode step time at the source when the move was ordered, exponential.
         transport_bytes: KV bytes moved.
         started_at, finished_at: wall clock, seconds since the epoch.
     """

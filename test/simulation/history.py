@@ -18,6 +18,7 @@ from simulation.request import Request
 from simulation.tokens import Spec, extend
 
 HEARTBEAT_S, TIMEOUT_S, DEADLINE_S = 0.25, 1.0, 2.0
+STUCK_S = 1.5
 PROBE_S, STARVED_S = 0.25, 2.5
 GENTLE = frozenset({"slow", "abort", "duplicate"})
 """Faults that lose nothing and last for less than any time-out."""
@@ -83,6 +84,7 @@ class History:
             predictor="off",
             heartbeat_s=HEARTBEAT_S,
             peer_timeout_s=TIMEOUT_S,
+            stuck_timeout_s=STUCK_S,
             move_deadline_s=DEADLINE_S,
             copy_tokens_per_step=plan.copy_tokens,
             max_moves=3,

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sglang_star.config import StarConfig
 from sglang_star.migration.connection import GONE_S
 from sglang_star.migration.mailbox import URGENT
 from sglang_star.migration.post import PeerLost
+from sglang_star.migration.pulse import Pulse
 from sglang_star.migration.watch import Watch
 from sglang_star.protocol import Heartbeat, Peer
 
@@ -40,16 +42,17 @@ class Link:
         losing: how many of the next messages do not arrive.
     """
 
-    def __init__(self, node: Node, peer: Peer, heartbeat_s: float, timeout_s: float) -> None:
+    def __init__(self, node: Node, peer: Peer, config: StarConfig) -> None:
         self.peer = peer
         self.losing = 0
         self._node = node
         self._world: History = node.world
         self._connections: dict[str, Connection] = {}
-        self._watch = Watch(timeout_s)
+        self._watch = Watch(config.peer_timeout_s)
+        self._pulse = Pulse(config.stuck_timeout_s, node.world.clock.now)
         self._watched: frozenset[tuple[Peer, str]] = frozenset()
-        self._heartbeat_s = heartbeat_s
-        self._timeout_s = timeout_s
+        self._heartbeat_s = config.heartbeat_s
+        self._timeout_s = config.peer_timeout_s
         self._beating = False
         self._next_beat = 0.0
 
@@ -176,8 +179,11 @@ class Link:
             self._disconnect(address)
         for peer in self._watch.drop_silent(now, late_s):
             self._lost(peer, f"silent for {self._timeout_s:g} s")
-        for one in self._watch.everyone():
-            self._put(one.peer.address, self._heartbeat(one.peer, one.live))
+        if node.stuck_until <= now:
+            self._pulse.beat(now)  # an idle loop comes to its boundary, too
+        if not self._pulse.is_stuck(now):
+            for one in self._watch.everyone():
+                self._put(one.peer.address, self._heartbeat(one.peer, one.live))
         if self._watch:
             self._world.clock.at(self._next_beat, self._beat)
         else:

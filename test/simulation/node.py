@@ -57,7 +57,7 @@ class Node:
         self.stuck_until = 0.0
         self.paused = False
         self.peer = Peer(instance_id=name, incarnation=incarnation, address=f"sim://{name}")
-        self.link = Link(self, self.peer, config.heartbeat_s, config.peer_timeout_s)
+        self.link = Link(self, self.peer, config)
         self.engine = FakeEngine(
             self, page_size=shape.page_size, pages=shape.pages, rows=shape.rows
         )

@@ -37,3 +37,12 @@ def test_a_target_that_inserts_what_its_source_has_given_up(overlap: bool, after
         )
     )
     assert not history.run(), story(history.plan, history)
+
+
+@pytest.mark.parametrize(("lasts", "reclaimed"), [(6.0, 1), (1.2, 0)])
+def test_a_host_whose_scheduler_hangs_loses_its_guests(lasts: float, reclaimed: int) -> None:
+    """Its process goes on, and so would its heartbeats; one that is merely slow keeps them."""
+    quiet()
+    history = History(plan((0.3, "move", "r0", "b", -1), (1.0, "stick", "b", lasts), overlap=False))
+    assert not history.run(), story(history.plan, history)
+    assert history.nodes["a"].mover.log.outcomes["reclaimed"] == reclaimed

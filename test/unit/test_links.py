@@ -45,6 +45,7 @@ def make() -> Iterator[Callable[..., Links]]:
                 "status_port": 0,
                 "heartbeat_s": BEAT_S,
                 "timeout_s": TIMEOUT_S,
+                "stuck_s": HANGS_S,
                 **options,
             },
         )
@@ -243,6 +244,24 @@ def test_garbage_is_counted_and_dropped(make: Callable[..., Links]) -> None:
     while sum(b.dropped.values()) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert b.dropped == {"MalformedMessage": 3, "VersionMismatch": 1}
+
+
+def test_a_stuck_scheduler_is_given_up_though_its_process_goes_on(
+    make: Callable[..., Links], caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = make("a"), make("b", stuck_s=0.0)
+    b.pulse.beat(time.monotonic() + HANGS_S)
+    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
+    b.watch({a.peer.address: (a.peer, frozenset({"s"}))})
+    wait_for(a, Heartbeat)
+    b.pulse.beat(time.monotonic() - 1.0)
+    # On a busy machine it may have been given up before, for another silence.
+    deadline = time.monotonic() + HANGS_S
+    while "step boundary" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
+    lost = wait_for(a, PeerLost)
+    assert (lost.peer, "silent" in lost.why) == (b.peer, True)
 
 
 def test_only_so_many_messages_wait() -> None:

@@ -25,7 +25,7 @@ from sglang_star.migration.links import Links
 
 segment = SharedMemoryCarrier.send(2, 4096)
 links = Links("a", 1, host="127.0.0.1", advertise_host="127.0.0.1", migration_port=0,
-              status_port=0, heartbeat_s=1.0, timeout_s=10.0)
+              status_port=0, heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0)
 print(segment._file, links.order_address.removeprefix("ipc://").removesuffix("/orders"), flush=True)
 sys.stdin.read()
 """
@@ -34,7 +34,7 @@ sys.stdin.read()
 def links() -> Links:
     return Links(
         "b", 1, host="127.0.0.1", advertise_host="127.0.0.1", migration_port=0, status_port=0,
-        heartbeat_s=1.0, timeout_s=10.0,
+        heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0,
     )  # fmt: skip
 
 

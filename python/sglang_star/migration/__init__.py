@@ -1,7 +1,7 @@
 """Live migration of a decoding request between instances.
 
-Three parties, each an owner of some states (``states.py``): the *home* keeps the client's stream
-and a shadow of the request (``relay.py``); the *source* decodes it now and sends it
-(``source.py``); the *target* receives and continues it (``target.py``). On the first move home
-and source are the same instance.
+Four parties, each the owner of one state machine (``states.py``): the *home* has the client's
+stream and, while the request is away, its shadow (``home.py``); the *sender* decodes the request
+and sends it (``sender.py``); the *target* receives it (``target.py``) and is then its *host*, if it
+is not its home (``host.py``). ``mover.py`` is what one engine has of all of them.
 """

@@ -29,6 +29,7 @@ from sglang_star.errors import ConfigError, ProtocolError
 from sglang_star.migration.connection import Connection
 from sglang_star.migration.mailbox import MAX_WAITING, Mailbox, OrderEnvelope, Wake
 from sglang_star.migration.post import PeerLost
+from sglang_star.migration.pulse import Pulse
 from sglang_star.migration.watch import Watch
 from sglang_star.protocol import Heartbeat, Message, Peer, decode, encode
 
@@ -43,7 +44,8 @@ class Links:
     """All traffic of one instance: peers, status subscribers, and its own HTTP process.
 
     Attributes:
-        mail: messages, orders and lost peers, taken by the scheduler thread.
+        mail: messages, orders and lost peers, taken by the scheduler thread; pulse: told by it
+            of every step boundary.
         peer: how others reach this instance; status_address, order_address: the other endpoints.
         dropped: counts of what was lost here, by reason: bytes that were not understood, by the
             name of the error; messages too many, in or out.
@@ -60,6 +62,7 @@ class Links:
         status_port: int,
         heartbeat_s: float,
         timeout_s: float,
+        stuck_s: float,
     ) -> None:
         self.mail = Mailbox()
         self.dropped: Counter[str] = Counter()
@@ -69,6 +72,8 @@ class Links:
         self._outbox: deque[tuple[str | bytes, bytes]] = deque()
         self._outbox_wake = Wake()
         self._watch = Watch(timeout_s)
+        self.pulse = Pulse(stuck_s, time.monotonic())
+        self._stuck = False
         self._connections: dict[str, Connection] = {}
         self._blamed: set[str] = set()
         self._closing = False
@@ -249,9 +254,20 @@ class Links:
             self._disconnect(address)
         for peer in self._watch.drop_silent(time.monotonic(), late_s):
             self._lost(peer, f"silent for {self._timeout_s:g} s")
-        for one in self._watch.everyone():
-            self._outbox.append((one.peer.address, encode(self._heartbeat(one.peer, one.live))))
+        if not self._is_stuck():
+            for one in self._watch.everyone():
+                self._outbox.append((one.peer.address, encode(self._heartbeat(one.peer, one.live))))
         self._flush()
+
+    def _is_stuck(self) -> bool:
+        """Whether our scheduler is; said once each time."""
+        before, self._stuck = self._stuck, self.pulse.is_stuck(time.monotonic())
+        if self._stuck and not before:
+            logger.error(
+                "STAR: the scheduler has not come to a step boundary for too long: no more "
+                "heartbeats, so that peers take their requests back"
+            )
+        return self._stuck
 
     def _gone(self) -> set[str]:
         """Addresses at which nobody listens any more."""
