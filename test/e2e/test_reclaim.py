@@ -111,6 +111,12 @@ async def call(fleet: Fleet, name: str, path: str, **body: Any) -> None:
         assert answer.status < 300, await answer.text()
 
 
+async def weights(fleet: Fleet, name: str, version: str) -> None:
+    """SGLang takes the engine's weights for others from now on."""
+    path = "/update_weight_version"
+    await call(fleet, name, path, new_version=version, abort_all_requests=False)
+
+
 @contextlib.asynccontextmanager
 async def paused(fleet: Fleet, name: str, mode: str) -> AsyncIterator[None]:
     """SGLang's own pause; our step-boundary work goes on in it."""
@@ -263,7 +269,7 @@ def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: 
                     assert move["outcome"] == "cancelled", move
                     # No KV is held any more: the next is that of the new weights.
                     await call(fleet, home, "/flush_cache")
-                    await call(fleet, home, "/update_weight_version", new_version="later")
+                    await weights(fleet, home, "later")
             # Now their weights differ: KV of one is of no use to the other.
             await fleet.found(stream.rid)
             code, order = await fleet.order(stream.rid, home, target)
@@ -271,7 +277,7 @@ def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: 
             outcome = await fleet.report(order["migration_id"])
             assert outcome["outcome"] == "refused", outcome
             assert "weights" in outcome["detail"]
-            await call(fleet, home, "/update_weight_version", new_version="default")
+            await weights(fleet, home, "default")
             await equal_their_twins(fleet, [stream])
 
     asyncio.run(scenario())
