@@ -410,7 +410,10 @@ class History:
         self.clock.after(PROBE_S, self._probe, {})
 
     def _probe(self, before: dict[str, tuple[int, float]]) -> None:
-        """No client waits for long while somebody decodes for it and nobody stands still."""
+        """No client waits for long while somebody decodes for it and nobody stands still.
+
+        And nobody decodes for long for a home that is gone or has the stream no more.
+        """
         now = self.clock.now
         still = any(
             max(node.frozen_until, node.stuck_until) > now
@@ -427,5 +430,12 @@ class History:
                 since[shadow.stream_id] = have, began if known == have else now
                 if known == have and now - began > STARVED_S:
                     self.fail(f"{shadow.req.rid} gets no token for {STARVED_S:g} s")
+            for guest in node.mover.host.by_stream.values() if node.alive and not still else ():
+                home = self.at(guest.home.address)
+                if home is None or guest.stream_id not in home.mover.home.shadows:
+                    key = f"{node.name} for nobody: {guest.stream_id}"
+                    since[key] = before.get(key, (0, now))
+                    if now - since[key][1] > STARVED_S:
+                        self.fail(f"{node.name} decodes {guest.req} for nobody")
         if any(client.end is None and client.home.alive for client in self.clients.values()):
             self.clock.after(PROBE_S, self._probe, since)
