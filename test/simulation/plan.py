@@ -208,6 +208,11 @@ def _chain(
         path = "".join(others[: dice.randint(2, 3)])
         path += dice.choice(("", home, home + path[0], path[0]))
         gap, hold = dice.choice((0.0, 0.0, 0.02, 0.2)), dice.choice((-1, 0, 0, 2))
+        if allowed.stray and dice.random() < 0.25:
+            # There and back: what is late of one visit may come during the next.
+            path = (path[0] + dice.choice((home, others[-1]))) * 3
+            scatter = (0.5, dice.choice((0.05, 0.3, 1.0)), 4.0)
+            events.append(Event(start, "scatter", scatter, True))
         events.append(Event(start, "follow", (spec.rid, path, hold, gap), False))
     if allowed.slow and dice.random() < 0.7:
         late = dice.choice((0.03, 0.1, 0.3, 0.5))
