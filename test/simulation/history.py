@@ -312,10 +312,12 @@ class History:
         self.clock.after(lasts, self._late.pop, way, None)
 
     def freeze(self, name: str, lasts: float) -> None:
-        self.nodes[name].frozen_until = self.clock.now + lasts
+        node = self.nodes[name]
+        node.frozen_until = max(node.frozen_until, self.clock.now + lasts)
 
     def stick(self, name: str, lasts: float) -> None:
-        self.nodes[name].stuck_until = self.clock.now + lasts
+        node = self.nodes[name]
+        node.stuck_until = max(node.stuck_until, self.clock.now + lasts)
 
     def kill(self, name: str, back_after: float) -> None:
         node = self.nodes[name]
