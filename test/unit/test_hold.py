@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_star.config import StarConfig
+from sglang_star.errors import OrderRefused
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.sender import Sender
 from sglang_star.migration.states import Sending
@@ -298,3 +299,32 @@ def test_those_that_wait_are_copied_before_those_that_decode(engine: Engine) -> 
         engine.sender.on_reserved(engine.answer(Reserved, move))
     engine.step()
     assert (first.sent, second.sent) == (0, BUDGET)
+
+
+def test_a_request_moves_once_at_a_time_and_not_all_at_once(engine: Engine) -> None:
+    first = engine.request()
+    engine.start(first)
+    with pytest.raises(OrderRefused, match="already moving"):
+        engine.start(first)
+    with pytest.raises(OrderRefused, match="already runs on"):
+        engine.sender.start(engine.request(), "r", HERE, "test", step_ms=1.0)
+    for _ in range(StarConfig().max_moves - 1):
+        engine.start(engine.request())
+    late = engine.request()
+    with pytest.raises(OrderRefused, match="the most allowed"):
+        engine.start(late)
+    assert engine.batch[-1] is late
+
+
+def test_a_move_without_shared_memory_is_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    req = engine.request()
+    with pytest.raises(OrderRefused, match="space"):
+        engine.start(req)
+    assert engine.batch == [req]
+    assert engine.sender.moves == {}

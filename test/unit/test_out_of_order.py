@@ -322,3 +322,30 @@ def test_a_release_of_an_earlier_visit_does_not_end_this_one() -> None:
     assert (guest.machine.state, ended) == (Hosting.RUNNING, [])
     host.on_release(Release(route=route("second"), reason="aborted"))
     assert (guest.machine.state, ended) == (Hosting.DROPPED, ["r"])
+
+
+def test_a_commit_of_other_tokens_is_refused(returning: SimpleNamespace) -> None:
+    returning.target.on_commit(commit(0, 1, 2, 99))
+    assert not returning.joined
+    [(to, answer)] = returning.home.sent
+    assert (to, answer.message) == (C, "home has other tokens of this stream")
+    assert returning.move.machine.state is Receiving.CANCELLED
+    assert returning.home.home.shadows, "its host still has it"
+
+
+def test_a_commit_before_the_pages_is_refused(returning: SimpleNamespace) -> None:
+    returning.move.machine.state = Receiving.RESERVED
+    returning.target.on_commit(commit(0, 1, 2, 3))
+    [(_, answer)] = returning.home.sent
+    assert answer.message == "commit before the pages"
+
+
+def test_a_defect_while_a_move_arrives_refuses_it(returning: SimpleNamespace) -> None:
+    parked = Parked(route=route("to-a"), step_ms=1.0)
+    returning.target.abandon(parked, "a defect")
+    [(to, answer)] = returning.home.sent
+    assert (to, answer.message) == (C, "a defect")
+    # A reservation that got nowhere is refused, too; of anything else nobody waits for an answer.
+    returning.target.abandon(returning.move.reserve, "another")
+    returning.target.abandon(parked, "another")
+    assert [answer.message for _, answer in returning.home.sent] == ["a defect", "another"]
