@@ -27,7 +27,8 @@ PROMPTS = (
     "Write a letter to a lighthouse keeper.",
 )
 BENCHMARK_PROMPTS = 10
-BENCHMARK_TOKENS = 64
+BENCHMARK_TOKENS = 256
+"""Enough for one request to make all the moves of the tour: any may take any of its orders."""
 SAMPLES = 2
 """Of the chat that asks for more than one."""
 

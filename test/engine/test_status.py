@@ -47,7 +47,10 @@ def scheduler() -> Any:
     return SimpleNamespace(
         disaggregation_mode=utils.DisaggregationMode.DECODE,
         running_batch=SimpleNamespace(reqs=running),
-        last_batch=SimpleNamespace(reqs=[*running, request("merging", 50)]),
+        last_batch=SimpleNamespace(
+            reqs=[*running, request("merging", 50)],
+            forward_mode=SimpleNamespace(is_mixed=lambda: False),
+        ),
         waiting_queue=[request("arrived", 50)],
         disagg_decode_transfer_queue=queue_of(request("transfer", 50)),
         disagg_decode_prealloc_queue=queue_of(

@@ -19,7 +19,9 @@ from simulation.tokens import Spec, extend
 
 HEARTBEAT_S, TIMEOUT_S, DEADLINE_S = 0.25, 1.0, 2.0
 STUCK_S = 1.5
-PROBE_S, STARVED_S = 0.25, 2.5
+PROBE_S, STARVED_S = 0.25, 4.0
+"""No client waits longer: a commit home may wait for lost tokens until its deadline, and what is
+sent after it shows the gap, which is then waited for once more; both over a late way."""
 GENTLE = frozenset({"slow", "abort", "duplicate"})
 """Faults that lose nothing and last for less than any time-out."""
 FOLLOW_S, PATIENCE_S = 0.01, 4.0

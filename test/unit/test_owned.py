@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_star import owned
+from sglang_star.errors import ConfigError
 from sglang_star.migration import transport
 from sglang_star.migration.links import Links
 
@@ -38,11 +39,18 @@ def links() -> Links:
     )  # fmt: skip
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary directory in which a socket's path is not too long for the kernel."""
+    with tempfile.TemporaryDirectory(prefix="star-test-") as name:
+        yield Path(name)
+
+
 def test_the_next_start_removes_what_a_killed_instance_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
     package = Path(owned.__file__).parents[1]
     child = subprocess.Popen(
         [sys.executable, "-c", MAKER, package],
@@ -65,7 +73,18 @@ def test_the_next_start_removes_what_a_killed_instance_left(
     assert not os.path.exists(segment)
     links().close()
     assert not os.path.exists(folder)
-    assert list(tmp_path.iterdir()) == [], "what ends in good order leaves nothing"
+    assert list(short_path.iterdir()) == [], "what ends in good order leaves nothing"
+
+
+def test_a_temporary_directory_with_too_long_a_name_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        links()
+    assert list(long.iterdir()) == []
 
 
 def test_a_sweep_touches_nothing_else(tmp_path: Path) -> None:

@@ -92,7 +92,15 @@ class Links:
         self.order_address = f"ipc://{self._folder}/orders"
         self._orders: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._orders.setsockopt(zmq.LINGER, 0)
-        self._orders.bind(self.order_address)
+        try:
+            self._orders.bind(self.order_address)
+        except zmq.ZMQError as error:
+            self._remove_folder()
+            self._context.destroy(linger=0)
+            raise ConfigError(
+                f"STAR cannot bind its order socket: {error}",
+                hint="set TMPDIR to a directory with a shorter name",
+            ) from error
         self._thread = threading.Thread(target=self._run, name="star-links", daemon=True)
         self._thread.start()
 
@@ -166,6 +174,9 @@ class Links:
         for socket in (self._pull, self._publisher, self._orders):
             socket.close()
         self._context.term()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._folder_lock)
 
