@@ -249,18 +249,6 @@ class OrderReply(Message, frozen=True):
 # --------------------------------------------------------------------------- between instances
 
 
-class PeerMessage(Message, frozen=True):
-    """Base of all messages between instances.
-
-    A receiver drops a message that is not meant for its present incarnation.
-    """
-
-    @property
-    def receiver(self) -> int:
-        """Incarnation it is meant for."""
-        raise NotImplementedError
-
-
 class Route(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """What a message is about, and for whom.
 
@@ -278,7 +266,7 @@ class Route(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     receiver: int
 
 
-class MoveMessage(PeerMessage, frozen=True):
+class MoveMessage(Message, frozen=True):
     """Base of the messages that are about one move."""
 
     route: Route
@@ -435,16 +423,15 @@ class TokenChunk(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     finished: bytes = b""
 
 
-class Tokens(PeerMessage, frozen=True):
-    """What a host decoded in one step for one home, sent there."""
+class Tokens(Message, frozen=True):
+    """What a host decoded in one step for one home, sent there.
 
-    receiver_incarnation: int
+    Attributes:
+        receiver: incarnation it is meant for.
+    """
+
+    receiver: int
     chunks: tuple[TokenChunk, ...]
-
-    @property
-    def receiver(self) -> int:
-        """See :class:`PeerMessage`."""
-        return self.receiver_incarnation
 
 
 class Release(MoveMessage, frozen=True):
@@ -453,23 +440,22 @@ class Release(MoveMessage, frozen=True):
     reason: str
 
 
-class Heartbeat(PeerMessage, frozen=True):
+class Heartbeat(Message, frozen=True):
     """The sender is there.
 
     Attributes:
+        receiver: incarnation it is meant for.
         live: streams the sender believes it shares with the receiver. A stream one side holds
             and the other has not listed for the peer time-out is an orphan and is dropped.
     """
 
     sender: Peer
-    receiver_incarnation: int
+    receiver: int
     live: tuple[str, ...] = ()
 
-    @property
-    def receiver(self) -> int:
-        """See :class:`PeerMessage`."""
-        return self.receiver_incarnation
 
+PeerMessage = MoveMessage | Tokens | Heartbeat
+"""What instances send each other; a receiver drops what is not for its present incarnation."""
 
 AnyMessage = (
     InstanceStatus

@@ -58,7 +58,7 @@ def test_a_message_that_breaks_its_handler_costs_its_stream_a_detour(cluster: Cl
                     )
                     for index in range(now, now + MAX_EARLY)
                 ]
-                message = Tokens(receiver_incarnation=star["incarnation"], chunks=tuple(bad))
+                message = Tokens(receiver=star["incarnation"], chunks=tuple(bad))
                 await asyncio.to_thread(send, star["migration_address"], message)
                 # Home has it back, decoding from where the client's stream stands.
                 await fleet.faults(home, {"TokenChunk": 1})

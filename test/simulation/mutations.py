@@ -279,9 +279,9 @@ MUTATIONS = (
     Mutation(
         "aborted while parked keeps its KV",
         _SENDER,
-        '            self._close(move, "cancelled", detail)\n'
+        "        self._end(move, SendingEvent.ABORT, detail)\n"
         "        self._engine.release(move.req, keep_prefix=True)\n",
-        '            self._close(move, "cancelled", detail)\n',
+        "        self._end(move, SendingEvent.ABORT, detail)\n",
         "row and pages are lost",
     ),
     Mutation(

@@ -206,6 +206,6 @@ class Link:
     def _heartbeat(self, to: Peer, live: frozenset[str]) -> Heartbeat:
         return Heartbeat(
             sender=self.peer,
-            receiver_incarnation=to.incarnation,
+            receiver=to.incarnation,
             live=tuple(sorted(live)),
         )

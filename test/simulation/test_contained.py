@@ -89,7 +89,7 @@ def test_a_finish_reason_that_is_none() -> None:
                 token_ids=(1,),
                 finished=finished,
             )
-            home.arrived(Tokens(receiver_incarnation=1, chunks=(chunk,)), urgent=True)
+            home.arrived(Tokens(receiver=1, chunks=(chunk,)), urgent=True)
 
     history.clock.at(1.0, strike)
     assert not history.run()

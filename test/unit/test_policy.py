@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_star.errors import ConfigError
+from sglang_star.migration import admission
+from sglang_star_router.policy import limits
 from sglang_star_router.policy.holding import retry_order, with_room
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.registry import (
@@ -265,6 +267,11 @@ def test_star_asks_no_target_that_would_keep_its_memory_for_those_it_has() -> No
     # A draining instance is emptied all the same: the target makes room for its requests.
     leaving = replace(full, draining=np.array([True, False]), accepts=np.array([False, True]))
     assert policy.orders(replace(snapshot, instances=leaving))
+
+
+def test_policies_and_targets_keep_the_same_headroom() -> None:
+    # Policies import nothing of ours, so the number stands twice.
+    assert limits.GUEST_HEADROOM == admission.HEADROOM_TOKENS
 
 
 def test_star_leaves_an_instance_that_misses_the_tpot_limit() -> None:

@@ -39,8 +39,8 @@ MESSAGES = [
         facts=FACTS,
     ),
     protocol.Inserted(route=ROUTE, host=PEER, home=PEER, facts=FACTS, moves=2),
-    protocol.Tokens(receiver_incarnation=8, chunks=(CHUNK, CHUNK)),
-    protocol.Heartbeat(receiver_incarnation=8, sender=PEER, live=("a/7/1",)),
+    protocol.Tokens(receiver=8, chunks=(CHUNK, CHUNK)),
+    protocol.Heartbeat(receiver=8, sender=PEER, live=("a/7/1",)),
     protocol.MigrateOrder(order_id=1, rid="r", target=PEER),
     protocol.MigrateOrder(
         order_id=2, rid="r*", target=PEER, at_tokens=20, hold_after=0, expire_s=60.0

@@ -22,8 +22,6 @@ from sglang_star.star_request import star_of
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-"""Attribute of a Req: the message it was created from."""
-
 
 class TokenDetails(msgspec.Struct, array_like=True, frozen=True):
     """Log-probabilities of newly decoded tokens, one entry per token where requested."""

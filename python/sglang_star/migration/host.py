@@ -81,15 +81,10 @@ class Host:
         if guest.wanted and (have > guest.sent or req.finished()):
             self._add(
                 guest,
-                TokenChunk(
-                    migration_id=guest.migration_id,
-                    stream_id=guest.stream_id,
-                    index=guest.sent,
-                    token_ids=tuple(req.output_ids[guest.sent :]),
-                    details=self._engine.details(req, guest.sent - guest.base, have - guest.base),
-                    remaining=star_of(req).estimate,
-                    finished=self._engine.finish_reason(req),
-                ),
+                tuple(req.output_ids[guest.sent :]),
+                self._engine.finish_reason(req),
+                details=self._engine.details(req, guest.sent - guest.base, have - guest.base),
+                remaining=star_of(req).estimate,
             )
             guest.sent = have
         if req.finished():
@@ -99,16 +94,7 @@ class Host:
         """The engine ended a guest outside its output stream: tell home."""
         if guest.wanted:
             reason = reason or {"type": "abort", "message": "Aborted at its migration target"}
-            self._add(
-                guest,
-                TokenChunk(
-                    migration_id=guest.migration_id,
-                    stream_id=guest.stream_id,
-                    index=guest.sent,
-                    token_ids=(),
-                    finished=orjson.dumps(reason),
-                ),
-            )
+            self._add(guest, (), orjson.dumps(reason))
         self._end(guest, HostingEvent.FINISH)
 
     def flush(self) -> None:
@@ -117,11 +103,28 @@ class Host:
             for home, chunks in self._fresh.items():
                 self._post.send(
                     home,
-                    Tokens(receiver_incarnation=home.incarnation, chunks=tuple(chunks)),
+                    Tokens(receiver=home.incarnation, chunks=tuple(chunks)),
                 )
             self._fresh.clear()
 
-    def _add(self, guest: Guest, chunk: TokenChunk) -> None:
+    def _add(
+        self,
+        guest: Guest,
+        token_ids: tuple[int, ...],
+        finished: bytes,
+        *,
+        details: bytes = b"",
+        remaining: tuple[float, ...] = (),
+    ) -> None:
+        chunk = TokenChunk(
+            migration_id=guest.migration_id,
+            stream_id=guest.stream_id,
+            index=guest.sent,
+            token_ids=token_ids,
+            details=details,
+            remaining=remaining,
+            finished=finished,
+        )
         self._fresh.setdefault(guest.home, []).append(chunk)
 
     # ------------------------------------------------------------------ endings

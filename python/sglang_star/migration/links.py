@@ -291,4 +291,4 @@ class Links:
         self._deliver(PeerLost(peer, why))
 
     def _heartbeat(self, to: Peer, live: frozenset[str]) -> Heartbeat:
-        return Heartbeat(sender=self.peer, receiver_incarnation=to.incarnation, live=tuple(live))
+        return Heartbeat(sender=self.peer, receiver=to.incarnation, live=tuple(live))

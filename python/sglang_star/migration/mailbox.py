@@ -54,20 +54,17 @@ class Mailbox:
     def __init__(self) -> None:
         self.wake = Wake()
         self._ordinary: deque[Message | OrderEnvelope | PeerLost] = deque()
-        self._urgent: deque[Message] = deque()
+        self._urgent: deque[Message | OrderEnvelope | PeerLost] = deque()
 
     def put(self, item: Message | OrderEnvelope | PeerLost) -> bool:
         """Add an item; False if as many wait as may, and it is dropped.
 
         The loss of a peer is never dropped: there are not more of these than peers.
         """
-        if isinstance(item, URGENT):
-            box: deque[Message] | deque[Message | OrderEnvelope | PeerLost] = self._urgent
-        else:
-            box = self._ordinary
+        box = self._urgent if isinstance(item, URGENT) else self._ordinary
         if len(box) >= MAX_WAITING and not isinstance(item, PeerLost):
             return False
-        box.append(item)  # type: ignore[arg-type]
+        box.append(item)
         self.wake.set()
         return True
 

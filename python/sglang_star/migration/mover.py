@@ -86,7 +86,7 @@ class Mover:
         elif isinstance(item, MoveMessage):
             self._take(item, partial(self._abandon, item))
         else:
-            self._take(item, _nothing)
+            self._take(item)  # about no move in particular
 
     def step(self) -> None:
         """Advance what is under way; the engine is between two steps."""
@@ -197,7 +197,11 @@ class Mover:
         if (shadow := self.home.shadows.get(chunk.stream_id)) is not None:
             self.home.reclaim(shadow, "a defect while handling its tokens")
 
-    def _take(self, item: PeerMessage | TokenChunk | PeerLost, end: Callable[[], None]) -> None:
+    def _take(
+        self,
+        item: PeerMessage | TokenChunk | PeerLost,
+        end: Callable[[], None] | None = None,
+    ) -> None:
         name = type(item).__name__
         with self._faults.contained(name, end):
             try:
@@ -248,7 +252,3 @@ class Mover:
                 logger.warning("STAR lost %s: %s", item.peer.instance_id, item.why)
                 for party in (self.sender, self.target, self.host, self.home):
                     party.on_lost(item.peer, item.why)
-
-
-def _nothing() -> None:
-    """A heartbeat or a loss is about no move in particular."""

@@ -302,20 +302,20 @@ class Sender:
 
     def abort(self, move: Outgoing, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
-        closed = move.machine.state is Sending.RESUMING
-        move.machine.fire(SendingEvent.ABORT)
-        del self.moves[move.migration_id]
-        if not closed:
-            self._close(move, "cancelled", detail)
+        self._end(move, SendingEvent.ABORT, detail)
         self._engine.release(move.req, keep_prefix=True)
 
     def _finished(self, move: Outgoing) -> None:
         """The request ended here, with the step that was in flight or while it decoded."""
-        closed = move.machine.state is Sending.RESUMING
-        move.machine.fire(SendingEvent.FINISH)
+        self._end(move, SendingEvent.FINISH, "the request finished first")
+
+    def _end(self, move: Outgoing, event: SendingEvent, detail: str) -> None:
+        """Its request is over; of a move that was cancelled before, that was told then."""
+        told = move.machine.state is Sending.RESUMING
+        move.machine.fire(event)
         del self.moves[move.migration_id]
-        if not closed:
-            self._close(move, "cancelled", "the request finished first")
+        if not told:
+            self._close(move, "cancelled", detail)
 
     def _resume(self, move: Outgoing) -> None:
         """Put the request back into the batch, unless its last step's result is still to come."""
