@@ -204,6 +204,7 @@ def random_fleet(seed: int, instances: int, each: int) -> FleetSnapshot:
             kv_used=used,
             kv_reserved=none,
             reserve_each=none + RESERVE_EACH,
+            guest_reserve=none + RESERVE_EACH,
             running=none + each,
             queued=none,
             retracted=none,

@@ -92,6 +92,11 @@ class Instance:
     by_rid: dict[str, Dispatch] = field(default_factory=dict)
 
     @property
+    def guest_reserve(self) -> int:
+        """Of :attr:`reserve_each`, what it keeps free when a guest comes."""
+        return 0 if self.role == "aggregated" else self.reserve_each
+
+    @property
     def draining(self) -> bool:
         """No new work is wanted, by the engine's own word or by an operator's."""
         return self.held_back or (self.status is not None and self.status.draining)

@@ -104,6 +104,7 @@ class Snapshots:
             kv_used=column("kv_used_tokens"),
             kv_reserved=column("kv_reserved_tokens"),
             reserve_each=np.array([m.reserve_each for m in members], np.int64),
+            guest_reserve=np.array([m.guest_reserve for m in members], np.int64),
             running=column("running"),
             queued=column("queued"),
             retracted=column("retracted"),

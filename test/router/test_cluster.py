@@ -191,6 +191,7 @@ def test_policies_know_what_each_engine_keeps_free_for_growth():
             instances = running.router.dispatcher._snapshots.for_arrival().instances
             assert instances.ids == tuple(engine.name for engine in engines)
             assert instances.reserve_each.tolist() == [512, 64]
+            assert instances.guest_reserve.tolist() == [0, 0], "aggregated engines keep none"
 
     run(check())
 

@@ -52,6 +52,7 @@ def fleet(
             kv_used=used,
             kv_reserved=none,
             reserve_each=none + 512,
+            guest_reserve=none + 512,
             running=np.bincount(owner[~queued], minlength=instances),
             queued=np.bincount(owner[queued], minlength=instances),
             retracted=(rng.random(instances) < 0.05).astype(np.int64),
@@ -214,6 +215,7 @@ def two_instances(
             kv_used=np.array(used),
             kv_reserved=none,
             reserve_each=none + 512,
+            guest_reserve=none + 512,
             running=np.array(counts),
             queued=none,
             retracted=none,
@@ -260,9 +262,9 @@ def test_star_asks_no_target_that_would_keep_its_memory_for_those_it_has() -> No
     # Room for the forecast, but SGLang keeps 512 tokens for each of the 5 requests and the guest.
     snapshot = two_instances((9_500, 5_000), remaining=300.0, capacity=9_500)
     policy = make_rescheduler("star")
-    small = replace(snapshot.instances, reserve_each=np.array([512, 512]))
+    small = replace(snapshot.instances, guest_reserve=np.array([512, 512]))
     assert policy.orders(replace(snapshot, instances=small))
-    full = replace(snapshot.instances, reserve_each=np.array([512, 700]))
+    full = replace(snapshot.instances, guest_reserve=np.array([512, 700]))
     assert policy.orders(replace(snapshot, instances=full)) == []
     # A draining instance is emptied all the same: the target makes room for its requests.
     leaving = replace(full, draining=np.array([True, False]), accepts=np.array([False, True]))

@@ -106,6 +106,7 @@ class StatusView:
             kv_used=columns[1],
             kv_reserved=columns[2],
             reserve_each=columns[9],
+            guest_reserve=columns[9],
             running=columns[3],
             queued=columns[4],
             retracted=columns[5],

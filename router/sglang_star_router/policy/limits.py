@@ -70,8 +70,8 @@ def guest_room(snapshot: FleetSnapshot) -> IntArray:
 
 
 def kept_free(inst: Instances) -> IntArray:
-    """SGLang's reserve for every request an instance has, is promised, and one more, ``[I]``."""
-    kept: IntArray = inst.reserve_each * (inst.running + inst.moves_in + 1)
+    """The reserve for every request an instance has, is promised, and one more, ``[I]``."""
+    kept: IntArray = inst.guest_reserve * (inst.running + inst.moves_in + 1)
     return kept
 
 

@@ -30,6 +30,8 @@ class Instances:
         kv_capacity, kv_used, kv_reserved: tokens.
         reserve_each: tokens its admission keeps free for every active request
             (``--num-reserved-decode-tokens``).
+        guest_reserve: of these, what it keeps free when a guest comes: nothing on an aggregated
+            instance, whose admission knows no such reserve.
         running, queued, retracted: requests now.
         step_ms: recent decode step time.
         age_s: how old the status behind this row is.
@@ -44,6 +46,7 @@ class Instances:
     kv_used: IntArray
     kv_reserved: IntArray
     reserve_each: IntArray
+    guest_reserve: IntArray
     running: IntArray
     queued: IntArray
     retracted: IntArray

@@ -118,7 +118,7 @@ class StarMoves:
         row = int(rows[pick])
         now.need[source] -= ahead.request[:, row]
         room[target] -= ahead.request[:, row]
-        now.grants[target] -= context[pick] + inst.reserve_each[target]
+        now.grants[target] -= context[pick] + inst.guest_reserve[target]
         slots.take(source, target)
         return MoveOrder(
             rid=reqs.rids[row],
