@@ -71,6 +71,7 @@ STAR: Final = Group(
                 "router": Command("time per request of the router", "sglang_star_bench.router"),
             },
         ),
+        "keys": Command("the fleet key", "sglang_star.keys_command"),
         "compat": Command("does STAR fit a release of SGLang", "sglang_star.engine.compat"),
         "test": Command("ruff, mypy and every test; arguments go to pytest", "sglang_star.checks"),
     },

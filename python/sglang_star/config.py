@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_star.errors import ConfigError
+from sglang_star.fleet_key import FleetKey, is_loopback
 from sglang_star.platform.profile import find
 
 BUILTIN_HEAD = "builtin"
@@ -34,9 +35,18 @@ class StarConfig:
     )
     host: str = _flag(
         "127.0.0.1",
-        "Address that STAR's status and migration sockets bind to. They are not authenticated: "
-        "expose them only to the fleet's own network.",
+        "Address that STAR's status and migration sockets bind to; another than this machine's own "
+        "needs --star-fleet-key.",
         "HOST",
+    )
+    fleet_key: str = _flag(
+        "",
+        "File that makes this instance a member of its fleet (see `star keys`): its sockets speak "
+        "to members only, encrypted. The same file for every engine and the router.",
+        "FILE",
+    )
+    insecure: bool = _flag(
+        False, "Let STAR's sockets be reached from other machines without a fleet key."
     )
     advertise_host: str = _flag("", "Address peers use to reach --star-host. Default: the same.")
     status_port: int = _flag(0, "Port of the status publisher; 0 picks a free one.", "PORT")
@@ -105,6 +115,15 @@ class StarConfig:
                 f"--star-transport {self.transport!r} is not available",
                 hint="this release carries KV by 'shm' (instances on one machine)",
             )
+        if self.fleet_key:
+            FleetKey(self.fleet_key)
+        elif not self.insecure and not is_loopback(self.host):
+            raise ConfigError(
+                f"--star-host {self.host} can be reached from other machines, and whoever does "
+                "could read and write streams",
+                hint="give every engine and the router --star-fleet-key FILE (star keys new FILE), "
+                "or --star-insecure where the network itself is locked",
+            )
         if self.paced:
             find(self.paced)
         if self.predictor not in (BUILTIN_HEAD, PREDICTOR_OFF) and not os.path.isfile(
@@ -127,6 +146,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--star", action="store_true", default=False, help="Enable STAR.")
     for field in dataclasses.fields(StarConfig):
+        if field.default is False:
+            group.add_argument(
+                _option(field.name),
+                dest="star_" + field.name,
+                action="store_true",
+                help=field.metadata["help"],
+            )
+            continue
         group.add_argument(
             _option(field.name),
             dest="star_" + field.name,

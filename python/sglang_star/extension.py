@@ -14,6 +14,7 @@ from sglang_star.config import StarConfig
 from sglang_star.engine.real import SglangEngine
 from sglang_star.engine.verbs import Request
 from sglang_star.faults import Faults
+from sglang_star.fleet_key import door
 from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.links import Links
 from sglang_star.migration.mailbox import OrderEnvelope
@@ -61,6 +62,7 @@ class Extension:
             heartbeat_s=config.heartbeat_s,
             timeout_s=config.peer_timeout_s,
             stuck_s=config.stuck_timeout_s,
+            door=door(config.fleet_key, insecure=config.insecure),
         )
         if left := sweep():
             logger.info("STAR removed %d segments that killed engines had left", len(left))

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler
 from prometheus_client.core import Metric
 
 from sglang_star.errors import PeerError
+from sglang_star.fleet_key import door
 from sglang_star_router import dashboard
 from sglang_star_router.calls import GENERATION_PATHS
 from sglang_star_router.config import RouterConfig
@@ -83,7 +84,9 @@ class Router:
         )
         self.fleet.on_move_report = self.ledger.report
         self.health = Health(config, self.fleet, self.engine, lambda one: self.feed.follow(one))
-        self.feed = StatusFeed(self.fleet, self.health.doubt)
+        self.feed = StatusFeed(
+            self.fleet, self.health.doubt, door(config.fleet_key, insecure=config.insecure)
+        )
         snapshots = Snapshots(
             self.fleet,
             self.fleet.decoding(),

@@ -87,6 +87,8 @@ class RouterConfig:
     move_report_timeout: float = 60.0
     status_stale: float = 3.0
     api_key: str | None = None
+    fleet_key: str = ""
+    insecure: bool = False
     request_timeout: float = 1800.0
     health_check_interval: float = 5.0
     health_check_timeout: float = 5.0
@@ -150,7 +152,7 @@ _SECONDS = {
 
 
 _METAVARS: dict[str | type, str] = {
-    "host": "ADDRESS", "port": "PORT", "api_key": "KEY", "max_payload_bytes": "BYTES",
+    "host": "ADDRESS", "port": "PORT", "api_key": "KEY", "fleet_key": "FILE", "max_payload_bytes": "BYTES",
     "policy": "NAME", "prefill_policy": "NAME", "max_moves_per_second": "N", int: "N", float: "S",
 }  # fmt: skip
 
@@ -158,6 +160,8 @@ _METAVARS: dict[str | type, str] = {
 def _flag(name: str) -> str:
     if name == "max_payload_bytes":
         return "--max-payload-size"
+    if name in ("fleet_key", "insecure"):
+        return "--star-" + name.replace("_", "-")
     return "--" + name.replace("_", "-") + ("-secs" if name in _SECONDS else "")
 
 
@@ -195,6 +199,10 @@ def build_parser() -> argparse.ArgumentParser:
     option(server, "port", "Port to listen on.")
     option(server, "api_key", "Key that clients must present and that instances are given.",
            type=str)  # fmt: skip
+    option(server, "fleet_key", "File that makes the router a member of the engines' fleet "
+           "(see `star keys`).")  # fmt: skip
+    server.add_argument(_flag("insecure"), dest="insecure", action="store_true",
+                        help="Believe engines on other machines without a fleet key.")  # fmt: skip
     option(server, "request_timeout", "Longest time one request may take.")
     option(server, "max_payload_bytes", "Largest request body, bytes.")
     option(server, "max_retries", "Other instances tried when one fails before its first byte.")

@@ -47,7 +47,7 @@ def test_every_documented_command_exists() -> None:
     ]
     predictor = ("collect", "train", "eval")
     assert set(leaves(cli.STAR)) == {
-        *((word,) for word in ("demo", "cluster", "router", "simulate", "compat", "test")),
+        *((word,) for word in ("demo", "cluster", "router", "simulate", "compat", "keys", "test")),
         *(("bench", word) for word in bench),
         *(("predictor", word) for word in predictor),
     }

@@ -126,7 +126,12 @@ def test_the_router_knows_the_wire_and_nothing_else_of_the_engine() -> None:
     for name, imported in of("sglang_star_router"):
         assert imported.partition(".")[0] not in HEAVY, f"{name} imports {imported}"
         if ours(imported) and imported != "sglang_star":
-            allowed = ("sglang_star.protocol", "sglang_star.errors", "sglang_star_router")
+            allowed = (
+                "sglang_star.protocol",
+                "sglang_star.errors",
+                "sglang_star.fleet_key",
+                "sglang_star_router",
+            )
             assert within(imported, *allowed), f"{name} imports {imported}"
 
 

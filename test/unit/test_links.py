@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from sglang_star.errors import ConfigError
+from sglang_star.fleet_key import Unlocked
 from sglang_star.migration.links import Links
 from sglang_star.migration.mailbox import MAX_WAITING, URGENT, Mailbox, OrderEnvelope
 from sglang_star.migration.post import PeerLost
@@ -46,6 +47,7 @@ def make() -> Iterator[Callable[..., Links]]:
                 "heartbeat_s": BEAT_S,
                 "timeout_s": TIMEOUT_S,
                 "stuck_s": HANGS_S,
+                "door": Unlocked(),
                 **options,
             },
         )

@@ -15,18 +15,20 @@ import pytest
 
 from sglang_star import owned
 from sglang_star.errors import ConfigError
+from sglang_star.fleet_key import Unlocked
 from sglang_star.migration import transport
 from sglang_star.migration.links import Links
 
 MAKER = """
 import sys
 sys.path[:0] = sys.argv[1:2]
+from sglang_star.fleet_key import Unlocked
 from sglang_star.migration.transport.shm import SharedMemoryCarrier
 from sglang_star.migration.links import Links
 
 segment = SharedMemoryCarrier.send(2, 4096)
-links = Links("a", 1, host="127.0.0.1", advertise_host="127.0.0.1", migration_port=0,
-              status_port=0, heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0)
+links = Links("a", 1, host="127.0.0.1", advertise_host="127.0.0.1", door=Unlocked(),
+              migration_port=0, status_port=0, heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0)
 print(segment._file, links.order_address.removeprefix("ipc://").removesuffix("/orders"), flush=True)
 sys.stdin.read()
 """
@@ -34,8 +36,8 @@ sys.stdin.read()
 
 def links() -> Links:
     return Links(
-        "b", 1, host="127.0.0.1", advertise_host="127.0.0.1", migration_port=0, status_port=0,
-        heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0,
+        "b", 1, host="127.0.0.1", advertise_host="127.0.0.1", door=Unlocked(), migration_port=0,
+        status_port=0, heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0,
     )  # fmt: skip
 
 

@@ -8,6 +8,9 @@ from typing import Any, Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from sglang_star.errors import PeerError
+from sglang_star.fleet_key import Door
+
 SEND_HIGH_WATER_MARK: Final = 100_000
 GONE_S: Final = 1.0
 """A peer whose address refuses connections for so long is gone: its kernel closed its sockets.
@@ -17,14 +20,28 @@ One that is frozen, starved or cut off still holds its connection, and is only s
 class Connection:
     """A PUSH socket that reconnects by itself; used by one thread."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        door: Door,
+    ) -> None:
+        """Begin to connect.
+
+        Raises:
+            PeerError: ``address`` is no member's.
+        """
         self._socket: zmq.Socket[bytes] = context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         self._refused_since: float | None = None
         # An attempt that fails ends in CLOSED without ever having been CONNECTED.
         self._events: Any = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
-        self._socket.connect(address)
+        try:
+            door.connect(self._socket, address)
+        except (PeerError, zmq.ZMQError) as error:
+            self.close()
+            raise PeerError(f"cannot connect to {address}: {error}") from error
 
     def send(self, data: bytes) -> None:
         """Queue bytes.

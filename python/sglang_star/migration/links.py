@@ -21,11 +21,14 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
+from typing import Any
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from sglang_star import owned
-from sglang_star.errors import ConfigError, ProtocolError
+from sglang_star.errors import ConfigError, PeerError, ProtocolError
+from sglang_star.fleet_key import Door
 from sglang_star.migration.connection import Connection
 from sglang_star.migration.mailbox import MAX_WAITING, Mailbox, OrderEnvelope, Wake
 from sglang_star.migration.post import PeerLost
@@ -38,6 +41,14 @@ logger = logging.getLogger(__name__)
 FOLDER_PREFIX = "star-orders-"
 """Of the folder in the temporary directory that holds an instance's order socket."""
 MAX_MESSAGE_BYTES = 64 << 20
+HANDSHAKE_MS = 5000
+"""Who has not shown a key by then is cut off, so that nobody without one can hold connections."""
+REFUSED = {
+    zmq.Event.HANDSHAKE_FAILED_AUTH: "unknown key",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "no key",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "no key",
+}
+"""What a socket sees of those that are not members, and the names it is counted under."""
 
 
 class Links:
@@ -63,12 +74,16 @@ class Links:
         heartbeat_s: float,
         timeout_s: float,
         stuck_s: float,
+        door: Door,
     ) -> None:
         self.mail = Mailbox()
         self.dropped: Counter[str] = Counter()
         self._heartbeat_s = heartbeat_s
         self._timeout_s = timeout_s
         self._context = zmq.Context(io_threads=1)
+        self._door = door
+        self._guard = door.guard(self._context)
+        self._refusals: list[zmq.Socket[Any]] = []
         self._outbox: deque[tuple[str | bytes, bytes]] = deque()
         self._outbox_wake = Wake()
         self._watch = Watch(timeout_s)
@@ -83,9 +98,9 @@ class Links:
         self.peer = Peer(
             instance_id=instance_id,
             incarnation=incarnation,
-            address=f"tcp://{advertise_host}:{port}",
+            address=door.advertise(f"tcp://{advertise_host}:{port}"),
         )
-        self.status_address = f"tcp://{advertise_host}:{publish_port}"
+        self.status_address = door.advertise(f"tcp://{advertise_host}:{publish_port}")
         # Only this user may give orders: the socket lies in a folder of mode 0700.
         owned.sweep(tempfile.gettempdir(), FOLDER_PREFIX)
         self._folder, self._folder_lock = owned.make_folder(tempfile.gettempdir(), FOLDER_PREFIX)
@@ -96,7 +111,7 @@ class Links:
             self._orders.bind(self.order_address)
         except zmq.ZMQError as error:
             self._remove_folder()
-            self._context.destroy(linger=0)
+            self._end_context()
             raise ConfigError(
                 f"STAR cannot bind its order socket: {error}",
                 hint="set TMPDIR to a directory with a shorter name",
@@ -107,6 +122,9 @@ class Links:
     def _bind(self, kind: int, host: str, port: int, flag: str) -> tuple[zmq.Socket[bytes], int]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
+        self._door.serve(socket)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        self._refusals.append(socket.get_monitor_socket(sum(REFUSED)))
         try:
             if port:
                 socket.bind(f"tcp://{host}:{port}")
@@ -114,11 +132,16 @@ class Links:
             return socket, socket.bind_to_random_port(f"tcp://{host}")
         except zmq.ZMQError as error:
             # A context with an open socket would block the interpreter's exit.
-            self._context.destroy(linger=0)
+            self._end_context()
             raise ConfigError(
                 f"STAR cannot bind tcp://{host}:{port or '*'}: {error}",
                 hint=f"choose another {flag} or --star-host; 0 picks a free port",
             ) from error
+
+    def _end_context(self) -> None:
+        if self._guard is not None:
+            self._guard.stop()
+        self._context.destroy(linger=0)
 
     # ------------------------------------------------------------------ scheduler thread
 
@@ -159,6 +182,8 @@ class Links:
         poller.register(self._pull, zmq.POLLIN)
         poller.register(self._orders, zmq.POLLIN)
         poller.register(self._outbox_wake.fd, zmq.POLLIN)
+        for refusals in self._refusals:
+            poller.register(refusals, zmq.POLLIN)
         next_beat = time.monotonic()
         while not self._closing:
             wait = max(0.0, next_beat - time.monotonic()) if self._watch else 1.0
@@ -166,14 +191,17 @@ class Links:
             self._flush()
             self._receive()
             self._receive_orders()
+            self._count_refused()
             if (now := time.monotonic()) >= next_beat:
                 self._beat(now - next_beat)
                 next_beat = now + self._heartbeat_s
         for connection in self._connections.values():
             connection.close()
-        for socket in (self._pull, self._publisher, self._orders):
-            socket.close()
-        self._context.term()
+        for socket in (self._pull, self._publisher):
+            socket.disable_monitor()
+        for socket in (self._pull, self._publisher, self._orders, *self._refusals):
+            socket.close(linger=0)
+        self._end_context()
         self._remove_folder()
 
     def _remove_folder(self) -> None:
@@ -193,12 +221,29 @@ class Links:
                     self._publisher.send(data, zmq.NOBLOCK)
             except zmq.ZMQError:
                 self.dropped["send"] += 1
+            except PeerError as error:
+                self._not_ours(str(to), error)
 
     def _connect(self, address: str) -> Connection:
         connection = self._connections.get(address)
         if connection is None:
-            connection = self._connections[address] = Connection(self._context, address)
+            connection = Connection(self._context, address, self._door)
+            self._connections[address] = connection
         return connection
+
+    def _not_ours(self, address: str, error: PeerError) -> None:
+        """Nothing is sent to an address that is not a member's; whoever waits for it is told."""
+        self.dropped["not a member"] += 1
+        self._warn_once(address, "STAR sends nothing: %s", error)
+        for peer in self._watch.drop({address}):
+            self._deliver(PeerLost(peer, error.message))
+
+    def _count_refused(self) -> None:
+        for refusals in self._refusals:
+            while refusals.poll(0):
+                event = parse_monitor_message(refusals.recv_multipart())
+                self.dropped[REFUSED[zmq.Event(event["event"])]] += 1
+                self._warn_once("refused", "STAR refused who has not its fleet key", event)
 
     def _disconnect(self, address: str) -> None:
         connection = self._connections.pop(address, None)
@@ -240,9 +285,12 @@ class Links:
     def _drop(self, error: ProtocolError) -> None:
         kind = type(error).__name__
         self.dropped[kind] += 1
+        self._warn_once(kind, "STAR dropped bytes on its migration socket: %s", error)
+
+    def _warn_once(self, kind: str, text: str, *arguments: object) -> None:
         if kind not in self._blamed:
             self._blamed.add(kind)
-            logger.warning("STAR dropped bytes on its migration socket: %s", error)
+            logger.warning(text, *arguments)
 
     def _hear(self, beat: Heartbeat) -> None:
         sender = beat.sender
