@@ -152,8 +152,9 @@ _SECONDS = {
 
 
 _METAVARS: dict[str | type, str] = {
-    "host": "ADDRESS", "port": "PORT", "api_key": "KEY", "fleet_key": "FILE", "max_payload_bytes": "BYTES",
-    "policy": "NAME", "prefill_policy": "NAME", "max_moves_per_second": "N", int: "N", float: "S",
+    "host": "ADDRESS", "port": "PORT", "api_key": "KEY", "fleet_key": "FILE",
+    "max_payload_bytes": "BYTES", "policy": "NAME", "prefill_policy": "NAME",
+    "max_moves_per_second": "N", int: "N", float: "S",
 }  # fmt: skip
 
 
