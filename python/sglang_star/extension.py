@@ -116,6 +116,7 @@ class Extension:
     def tick(self) -> None:
         """Handle what arrived, advance moves, publish; SGLang is between two steps."""
         self._links.pulse.beat(time.monotonic())
+        self._mover.poll()
         self._receive()
         if self._mover.target.moves:
             self._await_commit()

@@ -11,8 +11,8 @@ failed once is kept in ``kept/`` and runs for ever; ``test_scripted`` has those 
     PYTHONPATH=test python -m simulation.mutations            # can it fail? defects put back
     benchmark/runs/histories.sh OUT                           # a million, in parts
 
-Copies are complete when ``gather`` and ``scatter`` return, as the verbs promise; a carrier's slot
-is filled again as soon as the protocol has it back. A step reads and writes KV late: when its
+Copies take their time, and read and write what they were told to when they are over; a carrier's
+slot is filled again as soon as the protocol has it back. A step reads and writes KV late: when its
 result is asked for, or the device is waited for. In a history whose faults lose nothing and last
 for less than any time-out, no stream may be reclaimed.
 

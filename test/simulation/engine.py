@@ -1,17 +1,19 @@
 """The verbs on an engine whose KV knows its prefix; it behaves as SGLang does under them.
 
 A step is launched, and its result comes later: with overlap after the next one was launched. It
-writes KV where it was told at its launch, whatever became of the request since.
+writes KV where it was told at its launch, whatever became of the request since. So do copies: they
+read and write what they were told to when they are over, and not when they began.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from sglang_star.engine.tickets import Tickets
 from sglang_star.errors import MalformedMessage, OrderRefused
 from simulation.pages import Pages
 from simulation.request import Request
@@ -30,6 +32,26 @@ class KvError(AssertionError):
     """KV is not what the tokens before it would have made."""
 
 
+class Late:
+    """A copy that happens when it is found to be over, in the memory as it is then."""
+
+    __slots__ = ("_copy", "_due", "_node")
+
+    def __init__(self, node: Node, copy: Callable[[], None]) -> None:
+        self._node = node
+        self._copy = copy
+        self._due = 0.0
+        world, longest = node.world, node.shape.copy_s
+        if longest and world.chance(0.8):
+            self._due = world.clock.now + world.random.uniform(0, longest)
+
+    def is_over(self) -> bool:
+        if self._node.world.clock.now < self._due:
+            return False
+        self._copy()
+        return True
+
+
 class FakeEngine:
     """One engine's memory, batch and queues.
 
@@ -40,6 +62,7 @@ class FakeEngine:
         hidden: pages that somebody else has for a while.
         batch: those that decode; waiting: those without KV, oldest first.
         in_flight: launched steps whose results are still to come.
+        tickets: copies; drains: slots that were released while one still writes into them.
     """
 
     unsupported = ""
@@ -59,6 +82,8 @@ class FakeEngine:
         self.version = 0
         self.held_rows = 0
         self.hidden: list[int] = []
+        self.tickets = Tickets()
+        self.drains: list[tuple[Collection[int], list[int]]] = []
         self._joining: list[Request] = []
         self._node = node
         self._ids = itertools.count(1)
@@ -138,13 +163,44 @@ class FakeEngine:
     def state(self, req: Request) -> tuple[tuple[int, ...], bytes]:
         return (), b""
 
-    def gather(self, req: Request, start: int, end: int, slot: Any) -> None:
+    def gather(self, req: Request, start: int, end: int, slot: Any) -> int:
         assert end <= len(req.slots), f"{req} holds {len(req.slots)} positions, not {end}"
-        pool = self.pool
-        slot[:] = [pool[index] for index in req.slots[start:end]]
+        pool, source = self.pool, req.slots[start:end]
 
-    def release(self, req: Request, *, keep_prefix: bool) -> None:
+        def copy() -> None:
+            slot[:] = [pool[index] for index in source]
+
+        return self.tickets.begin(Late(self._node, copy))
+
+    # ------------------------------------------------------------------ copies
+
+    def poll(self) -> None:
+        if self.tickets:
+            self.tickets.poll()
+        if self.drains:
+            waiting, self.drains = self.drains, []
+            for after, slots in waiting:
+                if all(map(self.copied, after)):
+                    self.pages.give(slots, (), 0)
+                    self.held_rows -= 1
+                else:
+                    self.drains.append((after, slots))
+
+    def copied(self, ticket: int) -> bool:
+        return self.tickets.is_over(ticket)
+
+    def failure(self, ticket: int) -> str:
+        return self.tickets.failure(ticket)
+
+    def draining(self) -> bool:
+        return bool(self.drains)
+
+    def release(self, req: Request, *, keep_prefix: bool, after: Collection[int] = ()) -> None:
         if not req.row:
+            return
+        if not all(map(self.copied, after)):
+            self.drains.append((after, req.slots))
+            req.slots, req.committed, req.row = [], 0, False
             return
         complete = min(req.committed, len(req.chain) - 1) if keep_prefix else 0
         self.pages.give(req.slots, req.chain, complete)
@@ -201,12 +257,17 @@ class FakeEngine:
             req.slots.append(last * size + position % size)
         return True
 
-    def scatter(self, req: Request, start: int, end: int, slot: Any) -> None:
+    def scatter(self, req: Request, start: int, end: int, slot: Any) -> int:
         if end - start > len(slot):
             raise OrderRefused("a slot cannot hold that many tokens")
-        self.sync()
-        for index, value in zip(req.slots[start:end], slot, strict=False):
-            self.pool[index] = value
+        target = req.slots[start:end]
+
+        def copy() -> None:
+            self.sync()
+            for index, value in zip(target, slot, strict=False):
+                self.pool[index] = value
+
+        return self.tickets.begin(Late(self._node, copy))
 
     def adopt(self, req: Request, output_ids: Sequence[int]) -> None:
         assert not req.output_ids, f"{req} has output"

@@ -42,6 +42,8 @@ def _empty(node: Node) -> Iterator[str]:
         "waiting requests": engine.waiting,
         "rows": engine.held_rows,
         "steps": engine.in_flight,
+        "copies": engine.tickets,
+        "released KV": engine.drains,
     }
     for what, left in kept.items():
         if left:

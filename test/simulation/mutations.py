@@ -198,7 +198,8 @@ MUTATIONS = (
         "arrival not given back",
         _TARGET,
         "        if move.req is not None:\n"
-        "            self._engine.release(move.req, keep_prefix=False)\n        elif",
+        "            self._engine.release(move.req, keep_prefix=False, after=move.tickets)\n"
+        "        elif",
         "        if",
         "a cancelled arrival keeps row and pages",
     ),
@@ -243,8 +244,9 @@ MUTATIONS = (
     Mutation(
         "slot freed before it is read",
         _CARGO,
-        "            move.filled[slot] = end\n",
-        "            move.filled[slot] = end\n            move.free_slots.insert(0, slot)\n",
+        "            move.filled[piece.slot] = piece.end\n",
+        "            move.filled[piece.slot] = piece.end\n"
+        "            move.free_slots.insert(0, piece.slot)\n",
         "a slot is filled again while the target still has to read it",
     ),
     Mutation(
@@ -316,8 +318,8 @@ MUTATIONS = (
     Mutation(
         "commit before the last step",
         _CARGO,
-        "if move.sent < length or not self._engine.is_settled(req):",
-        "if move.sent < length:",
+        "if move.sent < length or move.loading or not self._engine.is_settled(req):",
+        "if move.sent < length or move.loading:",
         "the step in flight when the request left the batch is lost",
     ),
     Mutation(
@@ -330,7 +332,7 @@ MUTATIONS = (
     Mutation(
         "carrier of a finished move stays open",
         _SENDER,
-        "        move.carrier.close()\n        move.machine.fire(SendingEvent.INSERTED)",
+        "        self._close_carrier(move)\n        move.machine.fire(SendingEvent.INSERTED)",
         "        move.machine.fire(SendingEvent.INSERTED)",
         "shared memory of every move stays",
     ),
@@ -340,6 +342,45 @@ MUTATIONS = (
         "            self._moved_on(move.stream_id)\n",
         "            pass\n",
         "a host of a chain keeps its guest for ever",
+    ),
+    # ------------------------------------------------------------------ copies under way
+    Mutation(
+        "KV released before its copy is over",
+        _TARGET,
+        "keep_prefix=False, after=move.tickets)",
+        "keep_prefix=False)",
+        "a copy into pages of a cancelled arrival writes over KV of another request",
+    ),
+    Mutation(
+        "pages told before they are gathered",
+        _CARGO,
+        "while move.loading and self._engine.copied(move.loading[0].ticket):",
+        "while move.loading:",
+        "the target reads a slot that is still being filled",
+    ),
+    Mutation(
+        "slot given back before it is emptied",
+        _TARGET,
+        "        self._unload(move)\n\n    def _unload",
+        "        source = move.reserve.source\n"
+        "        self._post.send(source, PagesTaken(\n"
+        "            route=move.route(source), end=message.end, slot=message.slot))\n"
+        "        self._unload(move)\n\n    def _unload",
+        "the source fills a slot that the target still reads",
+    ),
+    Mutation(
+        "joined before its KV is there",
+        _TARGET,
+        "        if move.unloading:\n            return  # its KV is not all here yet\n",
+        "",
+        "a step reads pages that a copy still writes",
+    ),
+    Mutation(
+        "copies seen to be over within a step boundary",
+        "engine/tickets.py",
+        "        return ticket not in self._under_way\n",
+        "        return ticket != self._begun or ticket not in self._under_way\n",
+        "of several copies only the latest is waited for",
     ),
     # ------------------------------------------------------------------ host
     Mutation(
@@ -403,8 +444,10 @@ MUTATIONS = (
     Mutation(
         "flush sees no KV off the batch",
         _MOVER,
-        "return bool(self.target.moves) or any(",
-        "return False and any(",
+        "            bool(self.target.moves)\n"
+        "            or self._engine.draining()\n"
+        "            or any(",
+        "            False and any(",
         "a flush gives away the memory of a parked request or an arriving guest",
     ),
     Mutation(

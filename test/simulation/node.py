@@ -159,6 +159,7 @@ class Node:
 
     def _tick(self) -> None:
         mover = self.mover
+        mover.poll()
         while self._inputs:
             self._inputs.popleft()()
         while self._urgent or self._inbox:
@@ -175,7 +176,9 @@ class Node:
         """Whether something here goes on by the clock alone."""
         mover = self.mover
         return bool(
-            mover.sender.moves
+            mover.sender.busy
+            or self.engine.tickets
+            or self.engine.draining()
             or mover.target.moves
             or mover.host.by_stream
             or mover.armed

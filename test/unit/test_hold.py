@@ -105,8 +105,14 @@ class Engine:
     def weights(self) -> str:
         return "default"
 
-    def gather(self, req: Any, start: int, end: int, slot: Any) -> None:
-        pass
+    def gather(self, req: Any, start: int, end: int, slot: Any) -> int:
+        return 1
+
+    def copied(self, ticket: int) -> bool:
+        return True
+
+    def failure(self, ticket: int) -> str:
+        return ""
 
     def release(self, req: Any, *, keep_prefix: bool) -> None:
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_serving
 
 from sglang_star.engine import batch, codec, replay
 from sglang_star.engine.pages import KvPages
+from sglang_star.engine.tickets import Tickets
 from sglang_star.errors import OrderRefused
 from sglang_star.predictor.state import export_state, import_state
 from sglang_star.star_request import star_of
@@ -35,6 +36,8 @@ class SglangEngine:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._outputs: dict[str, array[int]] = {}
+        self._tickets = Tickets()
+        self._draining: list[tuple[Collection[int], Req]] = []
         self.pages = KvPages(scheduler)
         self.unsupported = self.pages.unsupported
         self.page_size = self.pages.page_size
@@ -137,13 +140,43 @@ class SglangEngine:
         """See :class:`Engine`."""
         return tuple(star_of(req).penalty_log or ()), export_state(req)
 
-    def gather(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
+    def gather(self, req: Req, start: int, end: int, slot: torch.Tensor) -> int:
         """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
-        self.pages.gather(req, start, end, slot)
+        # Written by steps whose results are in: there is nothing to wait for.
+        return self._tickets.begin(self.pages.gather(req, start, end, slot))
 
-    def release(self, req: Req, *, keep_prefix: bool) -> None:
+    def release(self, req: Req, *, keep_prefix: bool, after: Collection[int] = ()) -> None:
         """See :class:`Engine`."""
-        self.pages.release(req, keep_prefix=keep_prefix)
+        if all(map(self.copied, after)):
+            self.pages.release(req, keep_prefix=keep_prefix)
+        elif req.kv.holds_kv:
+            self._draining.append((after, self.pages.detach(req)))
+
+    # ------------------------------------------------------------------ copies
+
+    def poll(self) -> None:
+        """See :class:`Engine`."""
+        if self._tickets:
+            self._tickets.poll()
+        if self._draining:
+            waiting, self._draining = self._draining, []
+            for after, holder in waiting:
+                if all(map(self.copied, after)):
+                    self.pages.release(holder, keep_prefix=False)
+                else:
+                    self._draining.append((after, holder))
+
+    def copied(self, ticket: int) -> bool:
+        """See :class:`Engine`."""
+        return self._tickets.is_over(ticket)
+
+    def failure(self, ticket: int) -> str:
+        """See :class:`Engine`."""
+        return self._tickets.failure(ticket)
+
+    def draining(self) -> bool:
+        """See :class:`Engine`."""
+        return bool(self._draining)
 
     # ------------------------------------------------------------------ arriving
 
@@ -186,15 +219,13 @@ class SglangEngine:
         replay.follow(req, length)
         return True
 
-    def scatter(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
+    def scatter(self, req: Req, start: int, end: int, slot: torch.Tensor) -> int:
         """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
         if (end - start) * self.token_bytes > slot.numel():
             raise OrderRefused("a slot cannot hold that many tokens")
-        scheduler = self._scheduler
-        if scheduler.enable_overlap:
-            # A finished request's redundant last step may still write slots we just got.
-            scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
-        self.pages.scatter(req, start, end, slot)
+        # A finished request's redundant last step may still write pages we just got.
+        after = [self._scheduler.forward_stream] if self._scheduler.enable_overlap else []
+        return self._tickets.begin(self.pages.scatter(req, start, end, slot, after=after))
 
     def adopt(self, req: Req, output_ids: Sequence[int]) -> None:
         """See :class:`Engine`."""

@@ -3,11 +3,18 @@
 :class:`~sglang_star.engine.real.SglangEngine` is the engine that serves; the simulation has one of
 its own. All verbs are called between two decode steps, on the scheduler's thread, unless they say
 otherwise; none of them waits.
+
+A copy of KV is begun by one verb and is over later. It has a *ticket*, a number: 1, 2, 3 ... in
+the order in which copies are begun here. Whether the copy of a ticket is over is looked up once per
+step boundary (:meth:`Engine.poll`) and does not change until the next; one that was over when its
+verb returned may be known to be at once. Copies need not be over in the order of their tickets: a
+peer that is slow to be read holds up nobody else's. What went wrong with a copy is said of its
+ticket and not raised, so that several ranks can agree on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Collection, MutableSequence, Sequence
 from typing import Any, Protocol
 
 
@@ -111,11 +118,35 @@ class Engine(Protocol):
     def state(self, req: Request) -> tuple[tuple[int, ...], bytes]:
         """What :meth:`join` needs: accumulated penalties, and what the predictor remembers."""
 
-    def gather(self, req: Request, start: int, end: int, slot: Any) -> None:
-        """Copy KV of positions ``[start, end)`` into a carrier's slot."""
+    def gather(self, req: Request, start: int, end: int, slot: Any) -> int:
+        """Begin to copy KV of positions ``[start, end)`` into a carrier's slot; the ticket of that.
 
-    def release(self, req: Request, *, keep_prefix: bool) -> None:
-        """Give back its slot and KV; ``keep_prefix`` leaves the KV in the prefix cache."""
+        The slot must stay until the copy is over. The request need not: what is read of pages that
+        were given away meanwhile is not KV any more, and nobody may be told of it.
+        """
+
+    def release(self, req: Request, *, keep_prefix: bool, after: Collection[int] = ()) -> None:
+        """Give back its slot and KV; ``keep_prefix`` leaves the KV in the prefix cache.
+
+        Args:
+            req: holds none of it any more when this returns.
+            keep_prefix: only of KV that is complete.
+            after: tickets; what is here is given back only once all these copies are over.
+        """
+
+    # ------------------------------------------------------------------ copies
+
+    def poll(self) -> None:
+        """A step boundary has come: see which copies are over, and give back what waited for it."""
+
+    def copied(self, ticket: int) -> bool:
+        """Whether that copy is over, in whatever way."""
+
+    def failure(self, ticket: int) -> str:
+        """Why a copy that is over did not succeed; empty if it did."""
+
+    def draining(self) -> bool:
+        """Whether KV that was released waits for a copy into it."""
 
     # ------------------------------------------------------------------ arriving
 
@@ -150,8 +181,10 @@ class Engine(Protocol):
             OrderRefused: its grammar does not accept that.
         """
 
-    def scatter(self, req: Request, start: int, end: int, slot: Any) -> None:
-        """Copy a carrier's slot into KV of positions ``[start, end)``.
+    def scatter(self, req: Request, start: int, end: int, slot: Any) -> int:
+        """Begin to copy a carrier's slot into KV of positions ``[start, end)``; its ticket.
+
+        What is there may be used, and given back, only once the copy is over.
 
         Raises:
             OrderRefused: the slot does not hold that many.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sglang_star.engine.verbs import Engine
+from sglang_star.errors import PeerError
 from sglang_star.migration.outgoing import Outgoing
+from sglang_star.migration.piece import Piece
 from sglang_star.migration.post import Post
 from sglang_star.migration.states import SendingEvent
 from sglang_star.protocol import Commit, MoveMessage, PagesReady, Parked
@@ -33,24 +35,39 @@ class Cargo:
             end = min(ready, move.sent + move.slot_tokens)
             loaded += end - move.sent
             slot = move.free_slots.pop()
-            move.filled[slot] = end
-            self._engine.gather(move.req, move.sent, end, move.carrier.slot(slot))
-            self._send(PagesReady(route=move.route, start=move.sent, end=end, slot=slot), move)
+            ticket = self._engine.gather(move.req, move.sent, end, move.carrier.slot(slot))
+            move.loading.append(Piece(ticket, move.sent, end, slot))
             move.sent = end
         return loaded
+
+    def announce(self, move: Outgoing) -> None:
+        """Tell the target of what has come to lie in its slot.
+
+        Raises:
+            PeerError: something could not be copied there.
+        """
+        while move.loading and self._engine.copied(move.loading[0].ticket):
+            piece = move.loading.popleft()
+            if why := self._engine.failure(piece.ticket):
+                raise PeerError(why)
+            move.filled[piece.slot] = piece.end
+            self._send(
+                PagesReady(route=move.route, start=piece.start, end=piece.end, slot=piece.slot),
+                move,
+            )
 
     def nearly_all(self, move: Outgoing) -> bool:
         """Whether what the request decodes is all that is left to gather."""
         return self._ready(move) - move.sent < self._small
 
     def seal(self, move: Outgoing) -> None:
-        """Of a parked request: announce the commit, and send it once all KV is gathered."""
+        """Of a parked request: announce the commit, and send it once all KV was announced."""
         req = move.req
         length = self._engine.written(req)
         if length - move.sent <= self._small and not move.announced:
             move.announced = True
             self._send(Parked(route=move.route, step_ms=move.step_ms), move)
-        if move.sent < length or not self._engine.is_settled(req):
+        if move.sent < length or move.loading or not self._engine.is_settled(req):
             return
         move.machine.fire(SendingEvent.COMMIT)
         penalty_log, predictor = self._engine.state(req)

@@ -88,9 +88,13 @@ class Mover:
         else:
             self._take(item)  # about no move in particular
 
+    def poll(self) -> None:
+        """The engine has come to a step boundary; to be called first of all there."""
+        self._engine.poll()
+
     def step(self) -> None:
         """Advance what is under way; the engine is between two steps."""
-        if self.sender.moves:
+        if self.sender.busy:
             self.sender.step(self._faults)
         if self.target.moves:
             self.target.step(self._faults)
@@ -120,7 +124,11 @@ class Mover:
     @property
     def holds_kv_off_batch(self) -> bool:
         """Whether KV is held that the engine's accounting does not see."""
-        return bool(self.target.moves) or any(move.off_batch for move in self.sender.moves.values())
+        return (
+            bool(self.target.moves)
+            or self._engine.draining()
+            or any(move.off_batch for move in self.sender.moves.values())
+        )
 
     # ------------------------------------------------------------------ what the engine tells
 

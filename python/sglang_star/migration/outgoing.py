@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from sglang_star.engine.verbs import Engine, Request
+from sglang_star.migration.piece import Piece
 from sglang_star.migration.states import OFF_BATCH, Machine, Sending, SendingEvent, sending
 from sglang_star.migration.transport.base import Carrier
 from sglang_star.protocol import MoveFacts, MoveReport, Peer, Reserve, Route
@@ -22,8 +24,8 @@ class Outgoing:
     Attributes:
         source: this instance; home: whose stream it is, ourselves unless the request is a guest.
         slot_tokens: KV positions that a slot holds; token_bytes: size of one.
-        free_slots: those the target does not read any more; filled: of the others, the position
-            at which what they hold ends.
+        free_slots: those the target does not read any more; loading: pieces that are being copied,
+            oldest first; filled: of the other slots, the position at which what they hold ends.
         sent: KV positions gathered so far; precopied: of these, before parking.
         deadline: monotonic seconds; started_at: seconds since the epoch.
         hold_at: output tokens at which the request leaves the batch whatever was copied by then;
@@ -49,6 +51,7 @@ class Outgoing:
     announced: bool = False
     machine: Machine[Sending, SendingEvent] = field(default_factory=sending)
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
+    loading: deque[Piece] = field(default_factory=deque)
     filled: dict[int, int] = field(default_factory=dict)
     sent: int = 0
     precopied: int = 0

@@ -68,6 +68,8 @@ class Sender:
         self._fingerprint = fingerprint
         self._moved_on = moved_on
         self._streams = 0
+        # Of moves that are over: carriers with a slot that a copy still writes into.
+        self._draining: list[Outgoing] = []
         self._cargo = Cargo(engine, post)
 
     # ------------------------------------------------------------------ orders
@@ -153,6 +155,7 @@ class Sender:
 
     def step(self, faults: Faults) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
+        self._close_drained()
         budget = self._config.copy_tokens_per_step
         # Those whose clients wait come first.
         for move in sorted(self.moves.values(), key=lambda move: not move.off_batch):
@@ -173,23 +176,36 @@ class Sender:
         elif not move.off_batch and self._engine.is_ending(move.req):
             self.cancel(move, "cancelled", "the request is about to end")
         else:
-            return self._advance(move, budget)
+            try:
+                return self._advance(move, budget)
+            except PeerError as error:
+                self.cancel(move, "failed", error.message)
         return 0
 
     def _advance(self, move: Outgoing, budget: int) -> int:
-        """Copy, park and commit as far as it goes now; return how many tokens were copied."""
+        """Copy, park and commit as far as it goes now; return how many tokens were copied.
+
+        Raises:
+            PeerError: something could not be copied into the carrier.
+        """
         copied = 0
+        self._cargo.announce(move)
         if move.machine.state is Sending.COPYING:
-            copied = self._cargo.load(move, budget)
+            copied = self._load(move, budget)
             move.precopied = move.sent
             if self._cargo.nearly_all(move) and len(move.free_slots) >= SLOTS - 1:
                 self._park(move)
         if move.held and not move.off_batch:
             self._park(move)
         if move.machine.state is Sending.PARKED:
-            copied += self._cargo.load(move, budget - copied)
+            copied += self._load(move, budget - copied)
             self._cargo.seal(move)
         return copied
+
+    def _load(self, move: Outgoing, budget: int) -> int:
+        loaded = self._cargo.load(move, budget)
+        self._cargo.announce(move)
+        return loaded
 
     def _park(self, move: Outgoing) -> None:
         """Take the request out of the batch; its step in flight still counts."""
@@ -227,7 +243,7 @@ class Sender:
             return
         del self.moves[move.migration_id]
         self._engine.release(move.req, keep_prefix=True)
-        move.carrier.close()
+        self._close_carrier(move)
         move.machine.fire(SendingEvent.INSERTED)
         if move.home == self._post.peer:
             self._home.lend(move.req, message)
@@ -300,6 +316,11 @@ class Sender:
         if move.migration_id in self.moves and move.machine.allows(SendingEvent.CANCEL):
             self.cancel(move, "failed", detail)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do at the next step boundary."""
+        return bool(self.moves or self._draining)
+
     def abort(self, move: Outgoing, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
         self._end(move, SendingEvent.ABORT, detail)
@@ -326,12 +347,25 @@ class Sender:
 
     def _close(self, move: Outgoing, outcome: str, detail: str, *, tell: bool = True) -> None:
         """Tell target and log how the move ended."""
-        move.carrier.close()
+        self._close_carrier(move)
         if tell:
             self._send(Release(route=move.route, reason=detail), move)
         context = self._engine.tokens(move.req)
         self._log.add(move.failed(outcome, detail, context, self._engine.wall()))
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
+
+    def _close_carrier(self, move: Outgoing) -> None:
+        """Give its slots up, once no copy writes into them."""
+        self._draining.append(move)
+        self._close_drained()
+
+    def _close_drained(self) -> None:
+        waiting, self._draining = self._draining, []
+        for move in waiting:
+            if all(self._engine.copied(piece.ticket) for piece in move.loading):
+                move.carrier.close()
+            else:
+                self._draining.append(move)
 
     # ------------------------------------------------------------------ small things
 

@@ -17,6 +17,7 @@ from sglang_star.migration import admission
 from sglang_star.migration.home import Home
 from sglang_star.migration.host import Guest, Host
 from sglang_star.migration.incoming import Homecoming, Incoming, Newcomer
+from sglang_star.migration.piece import Piece
 from sglang_star.migration.post import Post
 from sglang_star.migration.states import ReceivingEvent
 from sglang_star.migration.transport import carrier as carrier_named
@@ -162,7 +163,7 @@ class Target:
     # ------------------------------------------------------------------ receive
 
     def on_pages(self, message: PagesReady) -> None:
-        """Copy one slot into KV of our own."""
+        """Begin to copy one slot into KV of our own."""
         move = self._of(message.route)
         if move is None or not move.machine.allows(ReceivingEvent.PAGES) or move.req is None:
             return
@@ -172,15 +173,25 @@ class Target:
             slot = move.carrier.slot(message.slot)
             if not self._engine.extend(move.req, message.end):
                 raise OrderRefused("KV memory is full")
-            self._engine.scatter(move.req, message.start, message.end, slot)
+            ticket = self._engine.scatter(move.req, message.start, message.end, slot)
         except StarError as error:
             self.refuse(move, error)
             return
         move.machine.fire(ReceivingEvent.PAGES)
-        source = move.reserve.source
-        self._post.send(
-            source, PagesTaken(route=move.route(source), end=message.end, slot=message.slot)
-        )
+        move.unloading.append(Piece(ticket, message.start, message.end, message.slot))
+        self._unload(move)
+
+    def _unload(self, move: Incoming) -> None:
+        """Give the source back the slots that are emptied."""
+        while move.unloading and self._engine.copied(move.unloading[0].ticket):
+            piece = move.unloading.popleft()
+            if why := self._engine.failure(piece.ticket):
+                self.refuse(move, PeerError(why))
+                return
+            source = move.reserve.source
+            self._post.send(
+                source, PagesTaken(route=move.route(source), end=piece.end, slot=piece.slot)
+            )
 
     def on_parked(self, message: Parked) -> None:
         """The source finishes its last step of a request that comes here."""
@@ -207,18 +218,21 @@ class Target:
         self._join(move, message)
 
     def step(self, faults: Faults) -> None:
-        """Insert what had to wait for tokens, and drop what has waited too long."""
+        """Insert what had to wait for copies or tokens; drop what has waited too long."""
         now = self._engine.now()
         for move in list(self.moves.values()):
             end = partial(self.refuse, move, OrderRefused("a defect at the target"))
             with faults.contained("an incoming move", end):
-                if move.commit is not None:
+                self._unload(move)
+                if move.commit is not None and move.stream_id in self.moves:
                     self._join(move, move.commit)
                 if now > move.deadline and move.stream_id in self.moves:
                     self.refuse(move, OrderRefused("deadline passed at the target"))
 
     def _join(self, move: Incoming, commit: Commit) -> None:
         """Insert the request into the running batch: it decodes here from the next step on."""
+        if move.unloading:
+            return  # its KV is not all here yet
         req = move.req
         assert req is not None, "pages came for a request that is not there"
         try:
@@ -337,7 +351,7 @@ class Target:
         move.machine.fire(ReceivingEvent.CANCEL)
         self._forget(move)
         if move.req is not None:
-            self._engine.release(move.req, keep_prefix=False)
+            self._engine.release(move.req, keep_prefix=False, after=move.tickets)
         elif move.rid in self._rebuilding:
             self._engine.abort(move.rid)
 
