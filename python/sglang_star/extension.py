@@ -19,7 +19,7 @@ from sglang_star.migration.links import Links
 from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
-from sglang_star.migration.transport.build import build
+from sglang_star.migration.transport.build import build, names
 from sglang_star.orders import Orders
 from sglang_star.platform import device
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, Peer, PeerMessage
@@ -108,7 +108,7 @@ class Extension:
             fingerprint=fingerprint,
             host_token=host_token(),
             predictor=config.predictor,
-            transports=self._transports.names,
+            transports=names(config, str(engine.pages.device)),
         )
         self.order_address = self._links.order_address
         if scheduler.idle_sleeper is not None:
@@ -165,6 +165,7 @@ class Extension:
             if self._mail.is_empty():
                 self._mail.wait(POLL_S)
             self._receive()
+            self._mover.arrive()
             self._mover.flush()
 
     def await_result(self, result: object) -> None:

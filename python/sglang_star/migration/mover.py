@@ -100,6 +100,12 @@ class Mover:
         self._engine.poll()
         self.target.poll()
 
+    def arrive(self) -> None:
+        """Still at that boundary, but later: insert what has come completely by now."""
+        self._engine.poll()
+        if self.target.moves:
+            self.target.step(self._faults)
+
     def step(self) -> None:
         """Advance what is under way; the engine is between two steps."""
         if self.sender.busy:

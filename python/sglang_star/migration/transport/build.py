@@ -10,7 +10,7 @@ from typing import Final
 from sglang_star.config import StarConfig
 from sglang_star.errors import PeerError
 from sglang_star.migration.outgoing import SLOTS
-from sglang_star.migration.transport import AUTO
+from sglang_star.migration.transport import AUTO, NAMES
 from sglang_star.migration.transport.base import Transport
 from sglang_star.migration.transport.choice import Transports
 from sglang_star.migration.transport.memory import HostRegion
@@ -32,6 +32,12 @@ def slot_shape(config: StarConfig, page_bytes: int, pool_bytes: int) -> tuple[in
     wanted = min(int(config.staging_mb * 1e6), pool_bytes) // slots
     size = max(page_bytes, min(wanted, MAX_SLOT) // page_bytes * page_bytes)
     return slots, -(-size // 64) * 64
+
+
+def names(config: StarConfig, device: str) -> tuple[str, ...]:
+    """The transports that an engine's flags and device allow, the fastest first."""
+    allowed = NAMES if device.startswith("cuda") and not config.checksum else NAMES[1:]
+    return tuple(name for name in allowed if config.transport in (AUTO, name))
 
 
 def build(
@@ -58,24 +64,21 @@ def build(
         return Transports((), now)
     slots, slot_bytes = slot_shape(config, page_bytes, pool_bytes)
     cuda = device.startswith("cuda")
-
-    def wanted(name: str) -> bool:
-        return config.transport in (AUTO, name)
-
+    wanted = names(config, device)
     kinds: list[Transport] = []
-    if cuda and wanted("cuda_ipc") and not config.checksum:
+    if "cuda_ipc" in wanted:
         from sglang_star.migration.transport.cuda_ipc import CudaIpc
 
         kinds.append(CudaIpc(slots, slot_bytes, device))
     region: HostRegion | None = None
-    if wanted("shm") or wanted("nixl"):
+    if "shm" in wanted or "nixl" in wanted:
         try:
             region = HostRegion(slots, slot_bytes, pinned=cuda)
         except PeerError as error:
             logger.warning("STAR can send no request from here: %s", error)
-    if wanted("shm"):
+    if "shm" in wanted:
         kinds.append(SharedMemory(region, device))
-    if wanted("nixl"):
+    if "nixl" in wanted:
         kinds.append(Nixl(region, agent, slots))
     if config.transport != AUTO:
         for kind in kinds:

@@ -157,11 +157,6 @@ class Transports:
         for kind in self._kinds:
             kind.close()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of those that are used here, the fastest first."""
-        return tuple(kind.name for kind in self._kinds)
-
     def states(self) -> dict[str, str]:
         """How they fare: ``ready``, ``not started``, or why one cannot be had."""
         states = {}
