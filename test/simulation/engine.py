@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from sglang_star.engine.tickets import Tickets
-from sglang_star.errors import MalformedMessage, OrderRefused
+from sglang_star.errors import MalformedMessage, OrderRefused, PeerError
 from simulation.pages import Pages
 from simulation.request import Request
 
@@ -50,6 +50,28 @@ class Late:
             return False
         self._copy()
         return True
+
+
+class LateScatter(Late):
+    """One that writes what is fetched, once it has arrived."""
+
+    __slots__ = ("_fetch",)
+
+    def __init__(self, node: Node, write: Callable[[Any], None], fetch: Any) -> None:
+        super().__init__(node, lambda: write(fetch.arrived()))
+        self._fetch = fetch
+
+    def is_over(self) -> bool:
+        try:
+            over = self._fetch.arrived() is not None and super().is_over()
+            if over and not self._fetch.intact():
+                raise PeerError("the sender has used the slot again")
+        except PeerError:
+            self._fetch.close()
+            raise
+        if over:
+            self._fetch.close()
+        return over
 
 
 class FakeEngine:
@@ -257,17 +279,15 @@ class FakeEngine:
             req.slots.append(last * size + position % size)
         return True
 
-    def scatter(self, req: Request, start: int, end: int, slot: Any) -> int:
-        if end - start > len(slot):
-            raise OrderRefused("a slot cannot hold that many tokens")
+    def scatter(self, req: Request, start: int, end: int, fetch: Any) -> int:
         target = req.slots[start:end]
 
-        def copy() -> None:
+        def write(data: list[int]) -> None:
             self.sync()
-            for index, value in zip(target, slot, strict=False):
+            for index, value in zip(target, data, strict=False):
                 self.pool[index] = value
 
-        return self.tickets.begin(Late(self._node, copy))
+        return self.tickets.begin(LateScatter(self._node, write, fetch))
 
     def adopt(self, req: Request, output_ids: Sequence[int]) -> None:
         assert not req.output_ids, f"{req} has output"

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_star.config import StarConfig
 from sglang_star.protocol import DrainOrder, MigrateOrder, Peer
-from simulation import carrier, invariants
+from simulation import invariants
 from simulation.clock import Clock
 from simulation.node import Node
 from simulation.plan import DISTURBED_S, Plan
@@ -77,7 +77,8 @@ class History:
         self.clock = Clock()
         self.random = random.Random(plan.seed ^ 0x5EED)
         self.weather = Weather()
-        self.segments = carrier.Segments()
+        self.labelled: dict[bytes, Node] = {}
+        self.fetches: set[Any] = set()
         self.trace: list[tuple[float, str, str, tuple[Any, ...]]] = []
         self.failure = ""
         self.stack = ""
@@ -89,11 +90,10 @@ class History:
             peer_timeout_s=TIMEOUT_S,
             stuck_timeout_s=STUCK_S,
             move_deadline_s=DEADLINE_S,
-            copy_tokens_per_step=plan.copy_tokens,
+            copy_mb_per_step=(8 * plan.copy_tokens + 0.5) / 1e6,
             max_moves=3,
             max_guests=4,
         )
-        object.__setattr__(self.config, "transport", carrier.NAME)  # no flag may ask for it
         self._engines = 0
         self._cuts: set[frozenset[str]] = set()
         self._late: dict[tuple[str, str], float] = {}
@@ -107,7 +107,6 @@ class History:
 
     def run(self) -> str:
         """Run to the end; return what does not hold, empty if all does."""
-        self.segments.install()
         for at, name, spec in self.plan.requests:
             self.clock.at(at, self._ask, name, spec)
         for event in self.plan.events:
@@ -217,7 +216,8 @@ class History:
     def _boot(self, name: str) -> None:
         incarnation = sum(node.name == name for node in self.dead) + 1
         shape = self.plan.shapes[name]
-        self.nodes[name] = Node(self, name, incarnation, shape, self.config)
+        node = self.nodes[name] = Node(self, name, incarnation, shape, self.config)
+        self.labelled[node.label] = node
 
     def _peer(self, name: str) -> Peer:
         return self.nodes[name].peer

@@ -127,7 +127,7 @@ MUTATIONS = (
     Mutation(
         "order of pages unchecked",
         _TARGET,
-        "if message.start != self._engine.held(move.req) or message.end <= message.start:",
+        "if message.start != self._engine.held(req) or message.end <= message.start:",
         "if False:",
         "a lost or repeated piece of KV is not missed",
     ),
@@ -181,11 +181,11 @@ MUTATIONS = (
         "an engine with new weights decodes with KV of the old ones",
     ),
     Mutation(
-        "carrier of an incoming move stays open",
+        "peer's memory stays in use",
         _TARGET,
-        "        move.carrier.close()\n",
+        "        self._transports.leave(move.way)\n",
         "",
-        "shared memory of every move stays mapped",
+        "memory of every peer stays open for ever",
     ),
     Mutation(
         "name of an incoming move stays",
@@ -237,16 +237,15 @@ MUTATIONS = (
     Mutation(
         "slot freed by any answer",
         _SENDER,
-        "move.filled.get(message.slot) == message.end:",
-        "message.slot in move.filled:",
+        "(piece := move.filled.pop(message.stamp, None)) is not None:",
+        "(piece := move.filled and move.filled.popitem()[1]):",
         "a repeated answer frees a slot that is in use",
     ),
     Mutation(
         "slot freed before it is read",
         _CARGO,
-        "            move.filled[piece.slot] = piece.end\n",
-        "            move.filled[piece.slot] = piece.end\n"
-        "            move.free_slots.insert(0, piece.slot)\n",
+        "            move.filled[piece.grant.stamp] = piece\n",
+        "            piece.region.give(piece.grant)\n",
         "a slot is filled again while the target still has to read it",
     ),
     Mutation(
@@ -330,11 +329,11 @@ MUTATIONS = (
         "the position that the step in flight writes is copied too early",
     ),
     Mutation(
-        "carrier of a finished move stays open",
+        "slots of a finished move kept",
         _SENDER,
-        "        self._close_carrier(move)\n        move.machine.fire(SendingEvent.INSERTED)",
+        "        self._give_slots(move)\n        move.machine.fire(SendingEvent.INSERTED)",
         "        move.machine.fire(SendingEvent.INSERTED)",
-        "shared memory of every move stays",
+        "what the target has not given back by then is never granted again",
     ),
     Mutation(
         "guest slot kept after a hand-over",
@@ -361,18 +360,18 @@ MUTATIONS = (
     Mutation(
         "slot given back before it is emptied",
         _TARGET,
-        "        self._unload(move)\n\n    def _unload",
+        "\n    def _unload",
         "        source = move.reserve.source\n"
         "        self._post.send(source, PagesTaken(\n"
-        "            route=move.route(source), end=message.end, slot=message.slot))\n"
-        "        self._unload(move)\n\n    def _unload",
+        "            route=move.route(source), stamp=message.stamp))\n"
+        "\n    def _unload",
         "the source fills a slot that the target still reads",
     ),
     Mutation(
         "joined before its KV is there",
         _TARGET,
-        "        if move.unloading:\n            return  # its KV is not all here yet\n",
-        "",
+        "        if move.announced or move.unloading:\n",
+        "        if move.announced:\n",
         "a step reads pages that a copy still writes",
     ),
     Mutation(
@@ -381,6 +380,35 @@ MUTATIONS = (
         "        return ticket not in self._under_way\n",
         "        return ticket != self._begun or ticket not in self._under_way\n",
         "of several copies only the latest is waited for",
+    ),
+    Mutation(
+        "slot given back while it is filled",
+        _SENDER,
+        "            if self._engine.copied(piece.ticket):\n",
+        "            if True:\n",
+        "a copy of a move that is over writes into a slot that another has by now",
+    ),
+    Mutation(
+        "stamp of a slot unread",
+        "engine/tickets.py",
+        "            self._here[ticket] = Copying.FAILED\n",
+        "            self._here[ticket] = Copying.DONE\n",
+        "a target that was given up reads a slot that was granted again, and joins",
+        also=(("engine/tickets.py", "            self._failures[ticket] = str(error)\n", ""),),
+    ),
+    Mutation(
+        "failed copy taken for a good one",
+        _TARGET,
+        "            if why := self._engine.failure(piece.ticket):\n",
+        "            if why := None:\n",
+        "KV that never came is decoded with",
+    ),
+    Mutation(
+        "pieces beyond the budget lost",
+        _TARGET,
+        "                self._receive(move)\n                if move.commit",
+        "                self._unload(move)\n                if move.commit",
+        "what had to wait for the next step's budget is never copied; costs a move: may survive",
     ),
     # ------------------------------------------------------------------ host
     Mutation(

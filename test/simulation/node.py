@@ -16,6 +16,7 @@ from sglang_star.protocol import Peer
 from simulation.engine import FakeEngine
 from simulation.network import Link
 from simulation.request import Request
+from simulation.transport import SLOTS, Staging, transports
 
 if TYPE_CHECKING:
     from simulation.history import History
@@ -62,7 +63,12 @@ class Node:
             self, page_size=shape.page_size, pages=shape.pages, rows=shape.rows
         )
         self.faults = Watcher(self)
-        self.mover = Mover(self.engine, self.link, config, "fingerprint", self.faults)
+        self.label = f"{name}/{incarnation}".encode()
+        self.staging = Staging(SLOTS, 8 * max(shape.page_size, world.plan.copy_tokens))
+        self.transports = transports(self, self.staging)
+        self.mover = Mover(
+            self.engine, self.link, config, "fingerprint", self.faults, self.transports
+        )
         self.orders = Orders(
             self.engine,
             self.mover,
@@ -187,7 +193,7 @@ class Node:
         )
 
     def __enter__(self) -> None:
-        self.world.segments.owner = self
+        pass
 
     def __exit__(
         self,

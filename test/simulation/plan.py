@@ -52,6 +52,7 @@ class EngineShape:
 
     Attributes:
         copy_s: how long a copy of KV takes at most; 0 if all are over when they begin.
+        machine: those of one share memory.
     """
 
     page_size: int
@@ -60,6 +61,7 @@ class EngineShape:
     overlap: bool
     step_s: float
     copy_s: float = 0.0
+    machine: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ def draw(seed: int, allowed: Allowed) -> Plan:
             overlap=dice.random() < 0.6,
             step_s=dice.choice((0.005, 0.02, 0.06)),
             copy_s=dice.choice((0.0, 0.01, 0.1)),
+            machine=dice.choice((0, 0, 1)),
         )
         for name in names
     }

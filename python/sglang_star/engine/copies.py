@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from sglang_star.errors import PeerError
+from sglang_star.migration.transport.base import Fetch
+
 
 class Lane:
     """Where copies of one pool run.
@@ -39,6 +42,45 @@ class Lane:
             event = torch.cuda.Event()
             event.record()
         return Begun(event, copy)
+
+
+class Unloading:
+    """A piece of KV that comes from a peer; a :class:`~sglang_star.engine.tickets.Copy`.
+
+    Args:
+        fetch: of its bytes.
+        scatter: begins to copy them to where they belong.
+    """
+
+    __slots__ = ("_begun", "_fetch", "_scatter")
+
+    def __init__(self, fetch: Fetch, scatter: Callable[[torch.Tensor], Begun]) -> None:
+        self._fetch = fetch
+        self._scatter = scatter
+        self._begun: Begun | None = None
+
+    def is_over(self) -> bool:
+        """See :class:`Copy`."""
+        try:
+            over = self._advance()
+        except PeerError:
+            self._fetch.close()
+            raise
+        if over:
+            self._fetch.close()
+        return over
+
+    def _advance(self) -> bool:
+        if self._begun is None:
+            data = self._fetch.arrived()
+            if data is None:
+                return False
+            self._begun = self._scatter(data)
+        if not self._begun.is_over():
+            return False
+        if not self._fetch.intact():
+            raise PeerError("the sender has used the slot again")
+        return True
 
 
 class Begun:

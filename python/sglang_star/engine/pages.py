@@ -6,7 +6,7 @@ Everything here happens between decode steps, on the scheduler thread.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ class KvPages:
     """KV memory of one scheduler.
 
     Attributes:
-        page_size: tokens per KV page.
+        page_size: tokens per KV page; device: where it is.
         token_bytes: bytes of KV per token over all layers.
         layout: what must be equal between two instances for their KV to be interchangeable.
         unsupported: why KV of this pool cannot move; empty if it can.
@@ -40,8 +40,8 @@ class KvPages:
         buffers = _buffers(pool)
         self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
         self._rows = [as_token_rows(buffer) for buffer in buffers]
-        self._device = buffers[0].device if buffers else torch.device("cpu")
-        self._lane = Lane(self._device)
+        self.device = buffers[0].device if buffers else torch.device("cpu")
+        self._lane = Lane(self.device)
         self.token_bytes = sum(int(row.shape[1]) for row in self._rows)
         self.layout = [
             f"{type(pool).__name__}",
@@ -73,32 +73,37 @@ class KvPages:
         slots, size = self._slots(req, start, end), (end - start) * self.token_bytes
 
         def work() -> None:
-            if out.device == self._device:
+            if out.device == self.device:
                 gather_kv(self._rows, slots, out)
                 return
             # Over the bus in one piece, and not buffer by buffer.
-            dense = torch.empty(size, dtype=torch.uint8, device=self._device)
+            dense = torch.empty(size, dtype=torch.uint8, device=self.device)
             gather_kv(self._rows, slots, dense)
             out[:size].copy_(dense, non_blocking=True)
 
         return self._lane.run(work)
 
     def scatter(
-        self, req: Req, start: int, end: int, source: torch.Tensor, after: Iterable[Any] = ()
-    ) -> Begun:
-        """Begin to copy ``source`` into KV of positions ``[start, end)``; see :meth:`gather`.
+        self, req: Req, start: int, end: int, after: Iterable[Any] = ()
+    ) -> Callable[[torch.Tensor], Begun]:
+        """Prepare to copy KV into positions ``[start, end)``, wherever the request is by then.
 
-        It follows what the streams ``after`` were given up to now.
+        Returns:
+            What begins the copy; it takes the bytes, uint8 ``[(end - start) * token_bytes]``. The
+            copy follows all that the streams ``after`` were given by then.
         """
-        slots, size = self._slots(req, start, end), (end - start) * self.token_bytes
+        slots = self._slots(req, start, end)
 
-        def work() -> None:
-            dense = source[:size]
-            if dense.device != self._device:
-                dense = dense.to(self._device, non_blocking=True)
-            scatter_kv(self._rows, slots, dense)
+        def begin(source: torch.Tensor) -> Begun:
+            def work() -> None:
+                dense = source
+                if dense.device != self.device:
+                    dense = dense.to(self.device, non_blocking=True)
+                scatter_kv(self._rows, slots, dense)
 
-        return self._lane.run(work, after)
+            return self._lane.run(work, after)
+
+        return begin
 
     def reserve_row(self, req: Req) -> bool:
         """Give the request a row of the request table; False if none is free."""

@@ -15,9 +15,11 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_serving
 
 from sglang_star.engine import batch, codec, replay
+from sglang_star.engine.copies import Unloading
 from sglang_star.engine.pages import KvPages
 from sglang_star.engine.tickets import Tickets
 from sglang_star.errors import OrderRefused
+from sglang_star.migration.transport.base import Fetch
 from sglang_star.predictor.state import export_state, import_state
 from sglang_star.star_request import star_of
 
@@ -219,13 +221,13 @@ class SglangEngine:
         replay.follow(req, length)
         return True
 
-    def scatter(self, req: Req, start: int, end: int, slot: torch.Tensor) -> int:
-        """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
-        if (end - start) * self.token_bytes > slot.numel():
-            raise OrderRefused("a slot cannot hold that many tokens")
+    def scatter(self, req: Req, start: int, end: int, fetch: Fetch) -> int:
+        """See :class:`Engine`."""
         # A finished request's redundant last step may still write pages we just got.
         after = [self._scheduler.forward_stream] if self._scheduler.enable_overlap else []
-        return self._tickets.begin(self.pages.scatter(req, start, end, slot, after=after))
+        return self._tickets.begin(
+            Unloading(fetch, self.pages.scatter(req, start, end, after=after))
+        )
 
     def adopt(self, req: Req, output_ids: Sequence[int]) -> None:
         """See :class:`Engine`."""

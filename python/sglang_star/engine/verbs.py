@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Collection, MutableSequence, Sequence
 from typing import Any, Protocol
 
+from sglang_star.migration.transport.base import Fetch
+
 
 class Request(Protocol):
     """A request as the protocol sees it; all else about it is asked of its engine.
@@ -119,7 +121,7 @@ class Engine(Protocol):
         """What :meth:`join` needs: accumulated penalties, and what the predictor remembers."""
 
     def gather(self, req: Request, start: int, end: int, slot: Any) -> int:
-        """Begin to copy KV of positions ``[start, end)`` into a carrier's slot; the ticket of that.
+        """Begin to copy KV of positions ``[start, end)`` into a slot's memory; the ticket of that.
 
         The slot must stay until the copy is over. The request need not: what is read of pages that
         were given away meanwhile is not KV any more, and nobody may be told of it.
@@ -181,13 +183,11 @@ class Engine(Protocol):
             OrderRefused: its grammar does not accept that.
         """
 
-    def scatter(self, req: Request, start: int, end: int, slot: Any) -> int:
-        """Begin to copy a carrier's slot into KV of positions ``[start, end)``; its ticket.
+    def scatter(self, req: Request, start: int, end: int, fetch: Fetch) -> int:
+        """Begin to copy what is fetched into KV of positions ``[start, end)``; its ticket.
 
-        What is there may be used, and given back, only once the copy is over.
-
-        Raises:
-            OrderRefused: the slot does not hold that many.
+        What is there may be used, and given back, only once the copy is over, and the fetch is
+        closed by then. A fetch that fails, or was not intact, is a copy that failed.
         """
 
     def adopt(self, req: Request, output_ids: Sequence[int]) -> None:

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING
 
 from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine, Request
-from sglang_star.errors import OrderRefused, PeerError
+from sglang_star.errors import NoTransport, OrderRefused, PeerError
 from sglang_star.faults import Faults
 from sglang_star.migration.cargo import Cargo
 from sglang_star.migration.home import Home
 from sglang_star.migration.movable import check
-from sglang_star.migration.outgoing import SLOTS, Outgoing, reservation, slot_size
+from sglang_star.migration.outgoing import Outgoing, reservation
+from sglang_star.migration.pace import Pace
+from sglang_star.migration.piece import Loaded
 from sglang_star.migration.post import Post
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Sending, SendingEvent
-from sglang_star.migration.transport import carrier as carrier_named
+from sglang_star.migration.transport.choice import Transports
 from sglang_star.protocol import (
     Inserted,
     MoveMessage,
@@ -58,6 +60,7 @@ class Sender:
         config: StarConfig,
         fingerprint: str,
         moved_on: Callable[[str], None],
+        transports: Transports,
     ) -> None:
         self.moves: dict[str, Outgoing] = {}
         self._engine = engine
@@ -68,9 +71,11 @@ class Sender:
         self._fingerprint = fingerprint
         self._moved_on = moved_on
         self._streams = 0
-        # Of moves that are over: carriers with a slot that a copy still writes into.
-        self._draining: list[Outgoing] = []
-        self._cargo = Cargo(engine, post)
+        self._transports = transports
+        # Of moves that are over: pieces that are still being copied into their slots.
+        self._draining: list[Loaded] = []
+        self._cargo = Cargo(engine, post, config)
+        self._pace = Pace(config.copy_bytes_per_step, config.copy_bytes_per_s)
 
     # ------------------------------------------------------------------ orders
 
@@ -114,15 +119,8 @@ class Sender:
                 f"{len(self.moves)} moves are under way from here, the most allowed",
                 hint="retry later, or raise --star-max-moves",
             )
-        # Before anything is opened: a request that cannot be described leaves nothing behind.
         described = self._engine.describe(req)
-        slot_tokens = slot_size(self._engine, self._config.copy_tokens_per_step)
-        try:
-            carrier = carrier_named(self._config.transport).send(
-                SLOTS, slot_tokens * self._engine.token_bytes
-            )
-        except PeerError as error:
-            raise OrderRefused(error.message, hint=error.hint) from error
+        offers = self._transports.offers()
         stream_id, home = guest_of or (self._new_stream(), self._post.peer)
         move = Outgoing(
             migration_id=migration_id or self._engine.new_id(),
@@ -133,8 +131,6 @@ class Sender:
             home=home,
             target=target,
             reason=reason,
-            carrier=carrier,
-            slot_tokens=slot_tokens,
             token_bytes=self._engine.token_bytes,
             step_ms=step_ms,
             deadline=self._engine.now() + self._config.move_deadline_s,
@@ -144,7 +140,7 @@ class Sender:
         self.moves[move.migration_id] = move
         self._log.clock(req)
         self._send(
-            reservation(self._engine, move, described, self._config.transport, self._fingerprint),
+            reservation(self._engine, move, described, offers, self._fingerprint),
             move,
         )
         if move.held:
@@ -155,15 +151,17 @@ class Sender:
 
     def step(self, faults: Faults) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
-        self._close_drained()
-        budget = self._config.copy_tokens_per_step
+        self._drain()
+        budget = self._pace.allowed(self._engine.now())
         # Those whose clients wait come first.
         for move in sorted(self.moves.values(), key=lambda move: not move.off_batch):
             with faults.contained("a move", partial(self.abandon, move, "a defect at its source")):
-                budget -= self._step(move, budget)
+                copied = self._step(move, budget)
+                self._pace.took(copied)
+                budget -= copied
 
     def _step(self, move: Outgoing, budget: int) -> int:
-        """Take one move as far as it goes now; return how many tokens were copied."""
+        """Take one move as far as it goes now; return how many bytes are copied."""
         state = move.machine.state
         if move.req.finished():
             self._finished(move)
@@ -183,17 +181,17 @@ class Sender:
         return 0
 
     def _advance(self, move: Outgoing, budget: int) -> int:
-        """Copy, park and commit as far as it goes now; return how many tokens were copied.
+        """Copy, park and commit as far as it goes now; return how many bytes are copied.
 
         Raises:
-            PeerError: something could not be copied into the carrier.
+            PeerError: something could not be copied into its slot.
         """
         copied = 0
         self._cargo.announce(move)
         if move.machine.state is Sending.COPYING:
             copied = self._load(move, budget)
             move.precopied = move.sent
-            if self._cargo.nearly_all(move) and len(move.free_slots) >= SLOTS - 1:
+            if self._cargo.nearly_all(move) and move.on_their_way <= 1:
                 self._park(move)
         if move.held and not move.off_batch:
             self._park(move)
@@ -215,23 +213,31 @@ class Sender:
     # ------------------------------------------------------------------ answers
 
     def on_reserved(self, message: Reserved) -> None:
-        """The target holds a slot and has the carrier open."""
+        """The target holds a place for the request and has chosen a transport."""
         move = self.moves.get(message.migration_id)
-        if move is not None and move.machine.allows(SendingEvent.RESERVED):
-            move.machine.fire(SendingEvent.RESERVED)
-            move.carrier.connected()
+        if move is None or not move.machine.allows(SendingEvent.RESERVED):
+            return
+        try:
+            move.region = self._transports.region(message.transport)
+        except PeerError as error:
+            self.cancel(move, "failed", error.message)
+            return
+        move.machine.fire(SendingEvent.RESERVED)
+        move.transport, move.transport_reason = message.transport, message.reason
+        logger.info("STAR: KV of %s goes by %s", move.client_rid, message.reason)
 
     def on_taken(self, message: PagesTaken) -> None:
         """The target has emptied a slot."""
         move = self.moves.get(message.migration_id)
         # A late copy of an earlier answer does not free a slot that was filled again since.
-        if move is not None and move.filled.get(message.slot) == message.end:
-            del move.filled[message.slot]
-            move.free_slots.append(message.slot)
+        if move is not None and (piece := move.filled.pop(message.stamp, None)) is not None:
+            piece.region.give(piece.grant)
 
     def on_refused(self, message: Refused) -> None:
         """The target holds nothing: the request goes on here."""
         move = self.moves.get(message.migration_id)
+        if message.error_type == NoTransport.__name__:
+            self._transports.start()
         if move is not None and move.machine.allows(SendingEvent.CANCEL):
             detail = f"{message.error_type}: {message.message}"
             self.cancel(move, "refused", detail, tell=False)
@@ -243,7 +249,7 @@ class Sender:
             return
         del self.moves[move.migration_id]
         self._engine.release(move.req, keep_prefix=True)
-        self._close_carrier(move)
+        self._give_slots(move)
         move.machine.fire(SendingEvent.INSERTED)
         if move.home == self._post.peer:
             self._home.lend(move.req, message)
@@ -347,25 +353,32 @@ class Sender:
 
     def _close(self, move: Outgoing, outcome: str, detail: str, *, tell: bool = True) -> None:
         """Tell target and log how the move ended."""
-        self._close_carrier(move)
+        self._give_slots(move)
         if tell:
             self._send(Release(route=move.route, reason=detail), move)
         context = self._engine.tokens(move.req)
         self._log.add(move.failed(outcome, detail, context, self._engine.wall()))
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
 
-    def _close_carrier(self, move: Outgoing) -> None:
-        """Give its slots up, once no copy writes into them."""
-        self._draining.append(move)
-        self._close_drained()
+    def _give_slots(self, move: Outgoing) -> None:
+        """Give its slots up: of those that are being filled, once that is over.
 
-    def _close_drained(self) -> None:
+        The target may still read one. It will see by the stamp that it read too late.
+        """
+        for piece in move.filled.values():
+            piece.region.give(piece.grant)
+        move.filled.clear()
+        self._draining += move.loading
+        move.loading.clear()
+        self._drain()
+
+    def _drain(self) -> None:
         waiting, self._draining = self._draining, []
-        for move in waiting:
-            if all(self._engine.copied(piece.ticket) for piece in move.loading):
-                move.carrier.close()
+        for piece in waiting:
+            if self._engine.copied(piece.ticket):
+                piece.region.give(piece.grant)
             else:
-                self._draining.append(move)
+                self._draining.append(piece)
 
     # ------------------------------------------------------------------ small things
 
