@@ -234,7 +234,7 @@ class FakeEngine:
     # ------------------------------------------------------------------ arriving
 
     def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
-        spec = self._node.world.specs.get(message.decode())
+        spec = self._node.world.specs.get(message.decode(errors="replace"))
         if spec is None:
             raise MalformedMessage("not a tokenized request")
         req = Request(rid, spec)
@@ -474,7 +474,8 @@ class FakeEngine:
             if have != len(req.chain):
                 raise KvError(f"{req} has {len(req.chain)} tokens, its step fed the {have}th")
             found = [*map(pool.__getitem__, slots[:have])]
-            if found != (req.chain if not tag else [one ^ tag for one in req.chain]):
+            right = req.chain if not tag else [one ^ tag for one in req.chain]
+            if found != right and self._node.world.judges(req.spec.rid):
                 raise KvError(f"{req} decodes with {self._wrong(found, req)} KV")
             req.push(req.spec.next_token(req.chain[-1], self._node.number))
             if req.finished_reason is not None:

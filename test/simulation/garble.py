@@ -52,7 +52,9 @@ def changed(message: Any, dice: random.Random) -> bytes:
     version, (kind, *fields) = msgspec.msgpack.decode(data)
     for _ in range(dice.choice((1, 1, 2, 3))):
         fields = _other(fields, dice)
-    return msgspec.msgpack.encode([version, [kind, *fields] if isinstance(fields, list) else fields])
+    return msgspec.msgpack.encode(
+        [version, [kind, *fields] if isinstance(fields, list) else fields]
+    )
 
 
 def understood(data: bytes) -> Any:

@@ -82,6 +82,10 @@ def _streams(node: Node) -> Iterator[tuple[str, str, set[str]]]:
         yield sent.stream_id, sent.client_rid, {here, sent.target.address, sent.home.address}
     for move in mover.target.moves.values():
         reserve = move.reserve
-        yield move.stream_id, reserve.client_rid, {here, reserve.source.address, reserve.home.address}
+        yield (
+            move.stream_id,
+            reserve.client_rid,
+            {here, reserve.source.address, reserve.home.address},
+        )
     for guest in mover.host.by_stream.values():
         yield guest.stream_id, guest.client_rid, {here, guest.home.address}

@@ -158,7 +158,10 @@ class Target:
         return True
 
     def _seat(self, move: Incoming, req: Request) -> None:
-        if not self._engine.seat(req, move.reserve.max_new_tokens):
+        # A guest has the limit that its home gave it; what comes home has had it from the start.
+        own = isinstance(move, Homecoming)
+        limit = self._engine.max_new_tokens(req) if own else move.reserve.max_new_tokens
+        if not self._engine.seat(req, limit):
             raise OrderRefused("no request slot is free")
         move.machine.fire(ReceivingEvent.SEAT)
         source = move.reserve.source
