@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_star.errors import PeerError
+from sglang_star.migration.states import Sending
 from sglang_star.migration.transport.base import Grant, Region, Transport
 from sglang_star.migration.transport.choice import Transports
 
@@ -121,8 +122,19 @@ class Fetch:
         return list(source.staging.data[self._grant.index])
 
     def intact(self) -> bool:
-        found = self._reader.source.staging.stamps[self._grant.index]
-        return found == self._grant.stamp
+        source = self._reader.source
+        if source.staging.stamps[self._grant.index] == self._grant.stamp:
+            return True
+        for move in self._reader.here.mover.target.moves.values():
+            sent = source.mover.sender.moves.get(move.migration_id)
+            if (
+                any(piece.fetch is self for piece in move.unloading)
+                and source.alive
+                and sent is not None
+                and sent.machine.state is not Sending.RESUMING
+            ):
+                self._reader.here.world.fail(f"{source.name} uses a slot that a move still reads")
+        return False
 
     def cancel(self) -> None:
         self._cancelled = True

@@ -23,6 +23,7 @@ from sglang_star.migration.outgoing import Outgoing, reservation
 from sglang_star.migration.pace import Pace
 from sglang_star.migration.piece import Loaded
 from sglang_star.migration.post import Post
+from sglang_star.migration.precopy import Precopy
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Sending, SendingEvent
 from sglang_star.migration.transport.choice import Transports
@@ -75,6 +76,7 @@ class Sender:
         # Of moves that are over: pieces that are still being copied into their slots.
         self._draining: list[Loaded] = []
         self._cargo = Cargo(engine, post, config)
+        self._precopy = Precopy(config)
         self._pace = Pace(config.copy_bytes_per_step, config.copy_bytes_per_s)
 
     # ------------------------------------------------------------------ orders
@@ -119,6 +121,7 @@ class Sender:
                 f"{len(self.moves)} moves are under way from here, the most allowed",
                 hint="retry later, or raise --star-max-moves",
             )
+        self._check_way(req, target, step_ms, hold_after)
         described = self._engine.describe(req)
         offers = self._transports.offers()
         stream_id, home = guest_of or (self._new_stream(), self._post.peer)
@@ -152,13 +155,16 @@ class Sender:
     def step(self, faults: Faults) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
         self._drain()
-        budget = self._pace.allowed(self._engine.now())
+        now = self._engine.now()
+        self._precopy.look(self.moves.values(), now)
+        budget = self._pace.allowed(now)
         # Those whose clients wait come first.
         for move in sorted(self.moves.values(), key=lambda move: not move.off_batch):
             with faults.contained("a move", partial(self.abandon, move, "a defect at its source")):
                 copied = self._step(move, budget)
                 self._pace.took(copied)
                 budget -= copied
+        self._precopy.leave(self.moves.values())
 
     def _step(self, move: Outgoing, budget: int) -> int:
         """Take one move as far as it goes now; return how many bytes are copied."""
@@ -188,17 +194,48 @@ class Sender:
         """
         copied = 0
         self._cargo.announce(move)
+        now, others = self._engine.now(), self.moves.values()
         if move.machine.state is Sending.COPYING:
-            copied = self._load(move, budget)
+            if not self._precopy.yields(move, others, now):
+                copied = self._load(move, budget)
             move.precopied = move.sent
-            if self._cargo.nearly_all(move) and move.on_their_way <= 1:
+            if self._cargo.nearly_all(move) and self._precopy.may_park(move, others, now):
                 self._park(move)
+            elif why := self._hopeless(move):
+                raise PeerError(why)
         if move.held and not move.off_batch:
             self._park(move)
         if move.machine.state is Sending.PARKED:
             copied += self._load(move, budget - copied)
             self._cargo.seal(move)
         return copied
+
+    def _check_way(
+        self, req: Request, target: Peer, step_ms: float, hold_after: int | None
+    ) -> None:
+        """Whether the copy can be there in time, by what is known of the way.
+
+        Raises:
+            OrderRefused: it cannot.
+        """
+        size = self._engine.token_bytes
+        made = size / (step_ms / 1e3) if step_ms and hold_after is None else 0.0
+        missing = self._engine.tokens(req) * size
+        seconds = self._config.move_deadline_s
+        if why := self._precopy.refusal(target, missing, made, seconds, self._engine.now()):
+            raise OrderRefused(
+                f"{req.rid} cannot move to {target.instance_id}: {why}",
+                hint="move shorter requests over this link, or raise --star-move-deadline-s",
+            )
+
+    def _hopeless(self, move: Outgoing) -> str:
+        """Why a move that is under way cannot come to its end in time; empty if it can."""
+        size = move.token_bytes
+        made = size / (move.step_ms / 1e3) if move.step_ms and move.hold_at is None else 0.0
+        on_their_way = sum(p.end - p.start for p in (*move.loading, *move.filled.values()))
+        missing = (self._engine.written(move.req) - move.sent + on_their_way) * size
+        now = self._engine.now()
+        return self._precopy.refusal(move.target, missing, made, move.deadline - now, now)
 
     def _load(self, move: Outgoing, budget: int) -> int:
         loaded = self._cargo.load(move, budget)
@@ -232,6 +269,7 @@ class Sender:
         # A late copy of an earlier answer does not free a slot that was filled again since.
         if move is not None and (piece := move.filled.pop(message.stamp, None)) is not None:
             piece.region.give(piece.grant)
+            self._precopy.took(move.target, (piece.end - piece.start) * move.token_bytes)
 
     def on_refused(self, message: Refused) -> None:
         """The target holds nothing: the request goes on here."""
@@ -281,6 +319,7 @@ class Sender:
 
     def on_lost(self, peer: Peer, why: str) -> None:
         """A target is gone: its moves end, the requests go on here."""
+        self._precopy.forget(peer)
         for move in [m for m in self.moves.values() if m.target == peer]:
             if move.machine.allows(SendingEvent.CANCEL):
                 # It may be slow and not dead: then it need not keep the place it has for us.
