@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from sglang_star.engine.bounds import Bounds
 from sglang_star.engine.tickets import Tickets
 from sglang_star.errors import MalformedMessage, OrderRefused, PeerError
 from simulation.pages import Pages
 from simulation.request import Request
+from simulation.tokens import VOCABULARY
 
 if TYPE_CHECKING:
     from simulation.node import Node
 
+BOUNDS = Bounds(VOCABULARY, context=1000)
 GARBAGE = -1
 OTHER_WEIGHTS = 1 << 61
 """Above all hashes: what tells KV of one version of the weights from that of another."""
@@ -253,6 +256,9 @@ class FakeEngine:
         return "" if req.to_finish is None and not req.finished() else "Aborted"
 
     def seat(self, req: Request, max_new_tokens: int) -> bool:
+        if max_new_tokens < 1:
+            raise MalformedMessage(f"a request with room for {max_new_tokens} tokens")
+        BOUNDS.check_length(len(req.spec.prompt) + max_new_tokens)
         if self.held_rows >= self.rows:
             return False
         assert not req.row, f"{req} has a row already"
@@ -291,18 +297,23 @@ class FakeEngine:
 
     def adopt(self, req: Request, output_ids: Sequence[int]) -> None:
         assert not req.output_ids, f"{req} has output"
+        BOUNDS.check(output_ids, beside=len(req.spec.prompt))
+        if len(output_ids) >= req.max_new_tokens:
+            raise MalformedMessage("the output that was committed is over")
         for token in output_ids:
             req.push(token)
 
     def join(self, req: Request, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
         if not len(req.chain) - 1 == length == len(req.slots):
             raise OrderRefused("the committed length does not match the KV received")
+        BOUNDS.check(penalty_log)
         req.committed = length
         self.unpark(req)
 
     # ------------------------------------------------------------------ the client's stream
 
     def append(self, req: Request, tokens: Sequence[int], details: bytes) -> None:
+        BOUNDS.check(tokens, beside=len(req.chain))
         for token in tokens:
             req.push(token)
 

@@ -15,10 +15,11 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_serving
 
 from sglang_star.engine import batch, codec, replay
+from sglang_star.engine.bounds import Bounds
 from sglang_star.engine.copies import Unloading
 from sglang_star.engine.pages import KvPages
 from sglang_star.engine.tickets import Tickets
-from sglang_star.errors import OrderRefused
+from sglang_star.errors import MalformedMessage, OrderRefused
 from sglang_star.migration.transport.base import Fetch
 from sglang_star.predictor.state import export_state, import_state
 from sglang_star.star_request import star_of
@@ -38,6 +39,8 @@ class SglangEngine:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._outputs: dict[str, array[int]] = {}
+        model = scheduler.model_config
+        self._bounds = Bounds(model.vocab_size, model.context_len)
         self._tickets = Tickets()
         self._draining: list[tuple[Collection[int], Req]] = []
         self.pages = KvPages(scheduler)
@@ -185,6 +188,8 @@ class SglangEngine:
     def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
         """See :class:`Engine`: SGLang is given it as if a client of its own had sent it."""
         request, output = codec.decode_request(message, prompt, rid)
+        self._bounds.check(request.input_ids)
+        self._bounds.check(output, beside=len(request.input_ids))
         # It is seated now, or when its grammar is compiled, or, if nobody wants it then, never.
         self._outputs = {r: o for r, o in self._outputs.items() if self.compiles(r)}
         self._outputs[rid] = output
@@ -203,6 +208,9 @@ class SglangEngine:
 
     def seat(self, req: Req, max_new_tokens: int) -> bool:
         """See :class:`Engine`."""
+        if max_new_tokens < 1:
+            raise MalformedMessage(f"a request with room for {max_new_tokens} tokens")
+        self._bounds.check_length(len(req.origin_input_ids) + max_new_tokens)
         if not self.pages.reserve_row(req):
             return False
         self.pages.bind_to_root(req)
@@ -231,6 +239,9 @@ class SglangEngine:
 
     def adopt(self, req: Req, output_ids: Sequence[int]) -> None:
         """See :class:`Engine`."""
+        self._bounds.check(output_ids, beside=len(req.origin_input_ids))
+        if len(output_ids) >= req.sampling_params.max_new_tokens:
+            raise MalformedMessage("the output that was committed is over")
         replay.finish(req, output_ids)
         req.output_ids = array("q", output_ids)
 
@@ -238,8 +249,9 @@ class SglangEngine:
         """See :class:`Engine`."""
         if not batch.completed_tokens(req) == length == req.kv.kv_allocated_len:
             raise OrderRefused("the committed length does not match the KV received")
-        req.kv.kv_committed_len = length
+        self._bounds.check(penalty_log)
         import_state(req, predictor)
+        req.kv.kv_committed_len = length
         batch.unpark(self._scheduler, req, penalty_log)
 
     # ------------------------------------------------------------------ the client's stream
@@ -247,7 +259,8 @@ class SglangEngine:
     def append(self, req: Req, tokens: Sequence[int], details: bytes) -> None:
         """See :class:`Engine`."""
         processor = self._scheduler.batch_result_processor
-        codec.append_details(req, details)
+        self._bounds.check(tokens, beside=int(req.seqlen))
+        codec.append_details(req, details, len(tokens))
         for token in tokens:
             req.output_ids.append(token)
             req.time_stats.set_last_decode_finish_time()

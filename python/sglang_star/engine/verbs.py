@@ -159,7 +159,7 @@ class Engine(Protocol):
         never, if it does not accept such a request.
 
         Raises:
-            MalformedMessage: the bytes are not such a message.
+            MalformedMessage: the bytes are not such a message, or name no tokens of this model.
         """
 
     def compiles(self, rid: str) -> bool:
@@ -169,7 +169,11 @@ class Engine(Protocol):
         """Why a request that was just rebuilt ended at once; empty if it did not."""
 
     def seat(self, req: Request, max_new_tokens: int) -> bool:
-        """Give a request without KV a slot of its own; False if none is free."""
+        """Give a request without KV a slot of its own; False if none is free.
+
+        Raises:
+            MalformedMessage: there can be no such limit.
+        """
 
     def held(self, req: Request) -> int:
         """Positions it has KV memory for."""
@@ -195,6 +199,7 @@ class Engine(Protocol):
 
         Raises:
             OrderRefused: its grammar does not accept it.
+            MalformedMessage: it is no output that such a request could have and go on.
         """
 
     def join(self, req: Request, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
@@ -202,7 +207,8 @@ class Engine(Protocol):
 
         Raises:
             OrderRefused: ``length`` is not the positions it must have, or has.
-            MalformedMessage: what the predictor remembers does not decode.
+            MalformedMessage: penalties are of no tokens of this model, or what the predictor
+                remembers does not decode.
         """
 
     # ------------------------------------------------------------------ the client's stream
@@ -213,7 +219,8 @@ class Engine(Protocol):
         May be called while a step runs.
 
         Raises:
-            MalformedMessage: ``details`` are not what :meth:`details` gave.
+            MalformedMessage: these are no tokens of this model, or ``details`` not what
+                :meth:`details` gave of them.
         """
 
     def end(self, req: Request, reason: dict[str, Any] | None = None) -> None:

@@ -265,6 +265,10 @@ class Home:
         self._log.arrived(req, message.migration_id, message.host.instance_id, message.facts)
 
 
+_REASON = {"message": str, "status_code": int, "err_type": str}
+"""What of a reason is told to clients, and its type."""
+
+
 def _reason(finished: bytes) -> dict[str, Any] | None:
     """Why a host says that the output is over; None while it goes on.
 
@@ -277,6 +281,8 @@ def _reason(finished: bytes) -> dict[str, Any] | None:
         reason = orjson.loads(finished)
     except orjson.JSONDecodeError as error:
         raise MalformedMessage(f"not a finish reason: {error}") from error
-    if not isinstance(reason, dict):
+    if not isinstance(reason, dict) or not all(
+        isinstance(reason.get(name), kind | None) for name, kind in _REASON.items()
+    ):
         raise MalformedMessage("not a finish reason")
     return reason
