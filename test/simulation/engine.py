@@ -56,17 +56,20 @@ class Late:
 
 
 class LateScatter(Late):
-    """One that writes what is fetched, once it has arrived."""
+    """One that writes what is fetched: begun once that has arrived, it is not to be stopped."""
 
-    __slots__ = ("_fetch",)
+    __slots__ = ("_data", "_fetch")
 
     def __init__(self, node: Node, write: Callable[[Any], None], fetch: Any) -> None:
-        super().__init__(node, lambda: write(fetch.arrived()))
+        super().__init__(node, lambda: write(self._data))
         self._fetch = fetch
+        self._data: list[int] | None = None
 
     def is_over(self) -> bool:
         try:
-            over = self._fetch.arrived() is not None and super().is_over()
+            if self._data is None:
+                self._data = self._fetch.arrived()
+            over = self._data is not None and super().is_over()
             if over and not self._fetch.intact():
                 raise PeerError("the sender has used the slot again")
         except PeerError:

@@ -95,6 +95,7 @@ def test_one_that_failed_is_passed_over_for_a_while_if_there_is_another() -> Non
     both = Both(Kind("fast"), Kind("slow"))
     way = both.choose("fast", "slow")
     both.transports.failed(way, "the link is cut")
+    assert way.gone, "it is opened afresh next time"
     instead = both.choose("fast", "slow")
     assert instead.name == "slow"
     assert "fast: it failed lately (the link is cut)" in instead.why

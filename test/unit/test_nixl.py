@@ -97,6 +97,17 @@ def test_slots_are_read_from_another_process(here: Nixl) -> None:
         reader.close()
 
 
+def test_a_peer_can_be_met_again(here: Nixl) -> None:
+    with another_process(SOURCE, "again/1") as child:
+        setup = bytes.fromhex(child.stdout.readline().split()[0])
+        for _ in range(3):
+            reader = here.open(setup)
+            fetch = reader.fetch(Grant(0, STAMPS[0]), SIZE, 0)
+            assert arrived(fetch) == (SIZE, SIZE)
+            fetch.close()
+            reader.close()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_is_gone_or_silent_fails_what_is_read_of_it(
     here: Nixl, how: signal.Signals, monkeypatch: pytest.MonkeyPatch

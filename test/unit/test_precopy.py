@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,18 +9,22 @@ import pytest
 
 from sglang_star.config import StarConfig
 from sglang_star.errors import OrderRefused
+from sglang_star.migration.outgoing import SLOTS
 from sglang_star.migration.pace import BURST_S, Pace
-from sglang_star.migration.precopy import FRESH_S, PATIENCE, YIELD_S, Precopy
+from sglang_star.migration.precopy import (
+    AHEAD_STEPS,
+    FRESH_S,
+    MIN_PIECE,
+    PATIENCE,
+    YIELD_S,
+    Precopy,
+)
 from sglang_star.migration.states import Sending
 from sglang_star.protocol import PagesReady, PagesTaken, Reserved
 from unit.no_faults import NoFaults
 from unit.test_hold import THERE, Engine
 
 MB = 1_000_000
-
-
-def piece(size: int) -> Any:
-    return SimpleNamespace(start=0, end=size)
 
 
 def move(name: str = "m", *sizes: int, off_batch: bool = False) -> Any:
@@ -33,9 +36,8 @@ def move(name: str = "m", *sizes: int, off_batch: bool = False) -> Any:
         step_ms=30.0,
         off_batch=off_batch,
         machine=SimpleNamespace(state=Sending.COPYING),
-        loading=deque(),
-        filled={n: piece(size) for n, size in enumerate(sizes)},
         on_their_way=len(sizes),
+        ahead=sum(sizes),
     )
 
 
@@ -86,6 +88,22 @@ def test_a_request_leaves_the_batch_when_its_way_is_clear_or_patience_ends() -> 
     asked = [precopy.may_park(behind, [behind, full], 10.0) for _ in range(PATIENCE + 1)]
     assert asked == [False] * PATIENCE + [True]
     assert Precopy(StarConfig(predictor="off")).may_park(clear, [clear, full], 0.0), "not known"
+
+
+def test_what_is_on_its_way_is_a_few_steps_worth_of_what_the_way_carries() -> None:
+    alone = move("alone")
+    unknown = Precopy(StarConfig(predictor="off")).sizes(alone, [alone])
+    assert unknown.pieces == SLOTS
+    assert unknown.piece > 1 << 30
+    precopy = measured(100 * MB)
+    sizes = precopy.sizes(alone, [alone])
+    assert 2_900_000 < sizes.piece < 3_100_000, "at 30 ms a step"
+    assert sizes.ahead == pytest.approx(AHEAD_STEPS * sizes.piece, abs=AHEAD_STEPS)
+    assert sizes.pieces == 4 * SLOTS
+    shared = precopy.sizes(alone, [alone, move("other")])
+    assert shared.piece == pytest.approx(sizes.piece / 2, abs=1)
+    slow = measured(MB).sizes(alone, [alone])
+    assert (slow.piece, slow.ahead) == (MIN_PIECE, 2 * MIN_PIECE)
 
 
 def test_others_put_nothing_on_the_way_of_one_that_is_about_to_end() -> None:

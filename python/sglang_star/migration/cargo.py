@@ -7,9 +7,10 @@ from typing import Final
 from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine
 from sglang_star.errors import PeerError
-from sglang_star.migration.outgoing import SLOTS, Outgoing
+from sglang_star.migration.outgoing import Outgoing
 from sglang_star.migration.piece import Loaded
 from sglang_star.migration.post import Post
+from sglang_star.migration.precopy import Sizes
 from sglang_star.migration.states import SendingEvent
 from sglang_star.migration.transport.base import Region
 from sglang_star.protocol import Commit, MoveMessage, PagesReady, Parked
@@ -28,7 +29,7 @@ class Cargo:
         # No more than this is a last bit, not worth another step of waiting.
         self._small = max(engine.page_size, 2)
 
-    def load(self, move: Outgoing, budget: int) -> int:
+    def load(self, move: Outgoing, budget: int, sizes: Sizes) -> int:
         """Begin to gather what is complete into free slots; return how many bytes that were.
 
         At most ``budget`` bytes, to the end of a piece; the last bit of a request that is out of
@@ -41,11 +42,11 @@ class Cargo:
         assert region is not None, "pages go before the target has chosen a transport"
         ready = self._ready(move)
         loaded = 0
-        while move.on_their_way < SLOTS and move.sent < ready:
+        while move.on_their_way < sizes.pieces and move.sent < ready:
             last_bit = move.off_batch and ready - move.sent <= self._small
-            if loaded >= budget and not last_bit:
+            if (loaded >= budget or move.ahead >= sizes.ahead) and not last_bit:
                 break
-            end = min(ready, move.sent + self._piece(region))
+            end = min(ready, move.sent + self._piece(region, sizes.piece))
             if (grant := region.grant()) is None:
                 break
             loaded += (end - move.sent) * move.token_bytes
@@ -81,8 +82,10 @@ class Cargo:
                 move,
             )
 
-    def _piece(self, region: Region) -> int:
+    def _piece(self, region: Region, wanted: int) -> int:
         """Positions that one piece has at most: whole pages, in a slot and within a step's budget.
+
+        ``wanted`` is in bytes; it has a page at least.
 
         Raises:
             PeerError: not even one page.
@@ -94,7 +97,7 @@ class Cargo:
                 f"a KV page of {page_bytes} bytes does not fit a slot of {region.slot_bytes}",
                 hint="raise --star-staging-mb",
             )
-        budget = min(region.slot_bytes, self._config.copy_bytes_per_step)
+        budget = min(region.slot_bytes, self._config.copy_bytes_per_step, wanted)
         return max(1, min(budget // page_bytes, MAX_TOKENS // page)) * page
 
     def nearly_all(self, move: Outgoing) -> bool:

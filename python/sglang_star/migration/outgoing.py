@@ -68,6 +68,12 @@ class Outgoing:
         return len(self.loading) + len(self.filled)
 
     @property
+    def ahead(self) -> int:
+        """Bytes of these."""
+        pieces = (*self.loading, *self.filled.values())
+        return sum(piece.end - piece.start for piece in pieces) * self.token_bytes
+
+    @property
     def held(self) -> bool:
         """Whether it is time for the request to leave the batch, come what may."""
         return self.hold_at is not None and len(self.req.output_ids) >= self.hold_at

@@ -9,17 +9,26 @@ put nothing more on the way while one is about to end.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Final
 
 from sglang_star.config import StarConfig
-from sglang_star.migration.outgoing import Outgoing
+from sglang_star.migration.outgoing import SLOTS, Outgoing
 from sglang_star.migration.states import Sending
 from sglang_star.protocol import Peer
 
+MAX_BYTES: Final = 1 << 40
 WINDOW_S: Final = 2.0
 """Of being busy, after which what was measured before counts half."""
 PROVEN_S: Final = 1.0
 """Of being busy, before which nothing is concluded from what was measured."""
+GUESSED_S: Final = 0.2
+"""Of being busy, before which sizes are not chosen by what was measured."""
+AHEAD_STEPS: Final = 4
+"""What is on its way at once lasts for so many steps: a piece waits for a step boundary at either
+end, and more would only be ahead of the last bit of a request whose client waits."""
+MIN_PIECE: Final = 1 << 18
+"""A piece is not cut smaller."""
 FRESH_S: Final = 60.0
 """How long what was measured is believed of a way that nothing took since."""
 PATIENCE: Final = 3
@@ -56,6 +65,24 @@ class Meter:
     def rate(self) -> float:
         """Bytes per second; 0 while it is not known."""
         return self.taken / self.busy_s if self.busy_s >= PROVEN_S else 0.0
+
+    @property
+    def guess(self) -> float:
+        """The same, sooner: good enough to choose sizes by."""
+        return self.taken / self.busy_s if self.busy_s >= GUESSED_S else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What of a move may be on its way at once.
+
+    Attributes:
+        pieces: how many; piece: bytes of one; ahead: of all together.
+    """
+
+    pieces: int
+    piece: int
+    ahead: int
 
 
 class Precopy:
@@ -118,20 +145,30 @@ class Precopy:
             )
         return ""
 
+    def sizes(self, move: Outgoing, moves: Collection[Outgoing]) -> Sizes:
+        """How much of a move is to be on its way at once, and in what pieces.
+
+        A piece is what travels in about a step, so that the last one is not behind a long one.
+        """
+        meter = self._meters.get(move.target)
+        rate = meter.guess if meter is not None else 0.0
+        pieces = max(SLOTS, SLOTS * self._config.max_moves // max(1, len(moves)))
+        if not rate or not move.step_ms:
+            return Sizes(pieces=SLOTS, piece=MAX_BYTES, ahead=MAX_BYTES)
+        sharing = sum(1 for other in moves if other.target == move.target)
+        per_step = rate * move.step_ms / 1e3 / max(1, sharing)
+        piece = max(MIN_PIECE, int(per_step))
+        return Sizes(pieces=pieces, piece=piece, ahead=max(2 * piece, int(AHEAD_STEPS * per_step)))
+
     def may_park(self, move: Outgoing, moves: Collection[Outgoing], now: float) -> bool:
         """Whether a request of which nearly all is copied is to leave the batch now."""
         since, waited = self._ending.get(move.migration_id, (now, 0))
         self._ending[move.migration_id] = since, waited + 1
         if move.on_their_way > 1:
             return False
-        ahead = sum(
-            (piece.end - piece.start) * other.token_bytes
-            for other in moves
-            if other.target == move.target
-            for piece in (*other.loading, *other.filled.values())
-        )
+        ahead = sum(other.ahead for other in moves if other.target == move.target)
         meter = self._meters.get(move.target)
-        rate = meter.rate if meter is not None else 0.0
+        rate = meter.guess if meter is not None else 0.0
         return not rate or ahead / rate <= move.step_ms / 1e3 or waited >= PATIENCE
 
     def yields(self, move: Outgoing, moves: Collection[Outgoing], now: float) -> bool:

@@ -232,13 +232,13 @@ class Sender:
         """Why a move that is under way cannot come to its end in time; empty if it can."""
         size = move.token_bytes
         made = size / (move.step_ms / 1e3) if move.step_ms and move.hold_at is None else 0.0
-        on_their_way = sum(p.end - p.start for p in (*move.loading, *move.filled.values()))
-        missing = (self._engine.written(move.req) - move.sent + on_their_way) * size
+        missing = (self._engine.written(move.req) - move.sent) * size + move.ahead
         now = self._engine.now()
         return self._precopy.refusal(move.target, missing, made, move.deadline - now, now)
 
     def _load(self, move: Outgoing, budget: int) -> int:
-        loaded = self._cargo.load(move, budget)
+        sizes = self._precopy.sizes(move, self.moves.values())
+        loaded = self._cargo.load(move, budget, sizes)
         self._cargo.announce(move)
         return loaded
 

@@ -125,7 +125,8 @@ class Transports:
         raise NoTransport(_none(missing), hint=hint or "give both --star-transport auto")
 
     def failed(self, way: Way, why: str) -> None:
-        """A move by it failed on its way."""
+        """A move by it failed on its way: who moves next opens the peer's memory afresh."""
+        way.gone = True
         self._failed[way.peer, way.name] = self._now(), why
 
     def leave(self, way: Way) -> None:

@@ -272,6 +272,8 @@ class _Pump:
         self._forget()
 
     def _meet(self, reader: NixlReader) -> None:
+        # A connection that broke stays so until its agent is forgotten, by all that know it.
+        self._forget()
         reader.agent = self._agent.meet(reader.setup.metadata)
 
     def _post(self, now: float) -> None:
