@@ -52,8 +52,13 @@ class Direct(Transport):
     def setup(self) -> bytes:
         return self._node.label
 
+    def _source(self, setup: bytes) -> Node:
+        if (source := self._node.world.labelled.get(setup)) is None:
+            raise PeerError("malformed set-up")
+        return source
+
     def open(self, setup: bytes) -> Any:
-        source = self._node.world.labelled[setup]
+        source = self._source(setup)
         if source.shape.machine != self._node.shape.machine:
             raise PeerError("the sender's shared memory is not reachable")
         return Reader(self._node, source, remote=False)
@@ -75,7 +80,7 @@ class Remote(Direct):
         return self._node.label if self._ready_at <= self._node.world.clock.now else b""
 
     def open(self, setup: bytes) -> Any:
-        return Reader(self._node, self._node.world.labelled[setup], remote=True)
+        return Reader(self._node, self._source(setup), remote=True)
 
 
 class Reader:
@@ -85,6 +90,8 @@ class Reader:
         self.remote = remote
 
     def fetch(self, grant: Grant, size: int, checksum: int) -> Fetch:
+        if not 0 <= grant.index < self.source.staging.slots:
+            raise PeerError(f"no slot {grant.index}")
         return Fetch(self, grant)
 
     def close(self) -> None:
