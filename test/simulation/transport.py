@@ -139,8 +139,9 @@ class Fetch:
                 and source.alive
                 and sent is not None
                 and sent.machine.state is not Sending.RESUMING
+                and source.world.judges(sent.client_rid)
             ):
-                self._reader.here.world.fail(f"{source.name} uses a slot that a move still reads")
+                source.world.fail(f"{source.name} uses a slot that a move still reads")
         return False
 
     def cancel(self) -> None:
