@@ -1,6 +1,6 @@
 """How long a guest's grammar takes to take in its output: SGLang's grammars, no engine.
 
-At once, as when a move ends; and per step, as it follows the KV by ``--star-copy-tokens-per-step``.
+At once, as when a move ends; and per step, as it follows the KV.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any, Final
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from transformers import AutoTokenizer
 
-from sglang_star.config import StarConfig
 from sglang_star.engine import replay
 from sglang_star.model import default_model
 
+STEP: Final = 1024
+"""Tokens that one piece of KV has at most."""
 ITEM: Final = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "n": {"type": "integer"}},
@@ -74,13 +75,12 @@ def cases(model: Path, tokens: int) -> Iterator[tuple[str, Any, list[int]]]:
 
 def measure(name: str, grammar: Any, output: list[int], rounds: int) -> dict[str, Any]:
     """One row: medians over rounds; of the steps of a round the longest."""
-    step = StarConfig(predictor="off").copy_tokens_per_step
     at_once, longest, at_the_end = [], [], []
     for _ in range(rounds):
         at_once.append(timed(replay.finish, guest(grammar, []), output))
         req = guest(grammar, output)
         pieces = [
-            timed(replay.follow, req, end) for end in (*range(step, len(output), step), len(output))
+            timed(replay.follow, req, end) for end in (*range(STEP, len(output), STEP), len(output))
         ]
         longest.append(max(pieces))
         at_the_end.append(timed(replay.finish, req, output))

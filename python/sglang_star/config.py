@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang_star.errors import ConfigError
 from sglang_star.fleet_key import FleetKey, is_loopback
+from sglang_star.migration.transport import AUTO, NAMES
 from sglang_star.platform.profile import find
 
 BUILTIN_HEAD = "builtin"
@@ -52,11 +53,25 @@ class StarConfig:
     status_port: int = _flag(0, "Port of the status publisher; 0 picks a free one.", "PORT")
     migration_port: int = _flag(0, "Port of the migration socket; 0 picks a free one.", "PORT")
     status_interval_ms: float = _flag(100.0, "Time between two published statuses.", "MS")
-    transport: str = _flag("shm", "Carrier of KV pages between instances: 'shm'.", "NAME")
+    transport: str = _flag(
+        AUTO,
+        f"What carries KV between instances: {', '.join(NAMES)}, or '{AUTO}', the fastest of them "
+        "that both instances have.",
+        "NAME",
+    )
+    staging_mb: float = _flag(
+        128.0, "Memory that KV to be sent lies in, and again as much for what 'nixl' reads.", "MB"
+    )
+    checksum: bool = _flag(False, "Check every piece of KV on its way (in host memory only).")
     max_moves: int = _flag(4, "Moves this instance sends at the same time.", "N")
     max_guests: int = _flag(64, "Requests of other instances it hosts at the same time.", "N")
-    copy_tokens_per_step: int = _flag(
-        1024, "KV tokens gathered or scattered per scheduler step, over all moves.", "N"
+    copy_mb_per_step: float = _flag(
+        16.0,
+        "KV that is gathered, and that is scattered, per scheduler step, over all moves.",
+        "MB",
+    )
+    copy_mb_per_s: float = _flag(
+        0.0, "KV that this instance sends per second at most, over all moves; 0: no limit.", "MB"
     )
     move_deadline_s: float = _flag(
         30.0, "A move that is not committed within this time is cancelled.", "S"
@@ -96,10 +111,14 @@ class StarConfig:
             "heartbeat_s",
             "peer_timeout_s",
             "stuck_timeout_s",
+            "staging_mb",
+            "copy_mb_per_step",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_option(name)} must be positive, not {getattr(self, name)}")
-        for name in ("max_moves", "max_guests", "copy_tokens_per_step"):
+        if self.copy_mb_per_s < 0:
+            raise ConfigError("--star-copy-mb-per-s must be 0 or more")
+        for name in ("max_moves", "max_guests"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_option(name)} must be at least 1")
         for name in ("status_port", "migration_port"):
@@ -110,10 +129,10 @@ class StarConfig:
                 "--star-peer-timeout-s must be at least three heartbeats",
                 hint="raise it, or lower --star-heartbeat-s",
             )
-        if self.transport != "shm":
+        if self.transport not in (AUTO, *NAMES):
             raise ConfigError(
-                f"--star-transport {self.transport!r} is not available",
-                hint="this release carries KV by 'shm' (instances on one machine)",
+                f"--star-transport {self.transport!r} is unknown",
+                hint=f"one of {', '.join((AUTO, *NAMES))}",
             )
         if self.fleet_key:
             FleetKey(self.fleet_key)
@@ -134,6 +153,16 @@ class StarConfig:
                 hint="give the path of a trained head, 'builtin' or 'off'",
             )
 
+    @property
+    def copy_bytes_per_step(self) -> int:
+        """See ``copy_mb_per_step``."""
+        return max(1, int(self.copy_mb_per_step * 1e6))
+
+    @property
+    def copy_bytes_per_s(self) -> int:
+        """See ``copy_mb_per_s``."""
+        return int(self.copy_mb_per_s * 1e6)
+
 
 def _option(name: str) -> str:
     return "--star-" + name.replace("_", "-")
@@ -146,21 +175,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--star", action="store_true", default=False, help="Enable STAR.")
     for field in dataclasses.fields(StarConfig):
-        if field.default is False:
-            group.add_argument(
-                _option(field.name),
-                dest="star_" + field.name,
-                action="store_true",
-                help=field.metadata["help"],
-            )
-            continue
+        help_text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
+        kind: dict[str, Any] = {"type": type(field.default), "metavar": field.metadata["metavar"]}
+        if isinstance(field.default, bool):
+            kind = {"action": "store_true"}
         group.add_argument(
             _option(field.name),
             dest="star_" + field.name,
-            type=type(field.default),
             default=field.default,
-            metavar=field.metadata["metavar"],
-            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
+            help=help_text,
+            **kind,
         )
 
 

@@ -11,7 +11,8 @@ StarError
 │   └── MalformedMessage   ... or do not decode
 ├── OrderRefused           a migration or drain order cannot be carried out
 │   ├── UnknownRequest     no running request has that rid
-│   └── NotMovable         the request uses a feature that cannot move
+│   ├── NotMovable         the request uses a feature that cannot move
+│   └── NoTransport        two instances have no way in common to carry KV
 ├── PeerError              another instance is unreachable, dead or answered wrongly
 └── IllegalTransition      a defect of ours: the state machine refused an event
 """
@@ -98,6 +99,10 @@ class UnknownRequest(OrderRefused):
 
 class NotMovable(OrderRefused):
     """The request uses a feature that cannot move between instances."""
+
+
+class NoTransport(OrderRefused):
+    """Two instances have no way in common by which KV could travel."""
 
 
 class PeerError(StarError):

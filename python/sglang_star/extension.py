@@ -20,7 +20,7 @@ from sglang_star.migration.links import Links
 from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
-from sglang_star.migration.transport import sweep
+from sglang_star.migration.transport.build import build, names
 from sglang_star.orders import Orders
 from sglang_star.platform import device
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, Peer, PeerMessage
@@ -64,12 +64,21 @@ class Extension:
             stuck_s=config.stuck_timeout_s,
             door=door(config.fleet_key, insecure=config.insecure),
         )
-        if left := sweep():
-            logger.info("STAR removed %d segments that killed engines had left", len(left))
+        peer = self._links.peer
+        self._transports = build(
+            config,
+            agent=f"{peer.instance_id}/{peer.incarnation}",
+            device=str(engine.pages.device),
+            page_bytes=engine.page_size * engine.token_bytes,
+            pool_bytes=engine.pages.capacity * engine.token_bytes,
+            moves=engine.serves_decode and not engine.unsupported,
+        )
         self._mail = self._links.mail
         self._faults = Faults()
         self._timer = StepTimer()
-        self._mover = Mover(engine, self._links, config, fingerprint, self._faults)
+        self._mover = Mover(
+            engine, self._links, config, fingerprint, self._faults, self._transports
+        )
         self._status = StatusReporter(
             scheduler,
             engine,
@@ -78,6 +87,7 @@ class Extension:
             self._timer,
             self._faults,
             self._links.dropped,
+            self._transports,
         )
         self._next_status = 0.0
         self._watched: frozenset[tuple[Peer, str]] = frozenset()
@@ -100,6 +110,7 @@ class Extension:
             fingerprint=fingerprint,
             host_token=host_token(),
             predictor=config.predictor,
+            transports=names(config, str(engine.pages.device)),
         )
         self.order_address = self._links.order_address
         if scheduler.idle_sleeper is not None:
@@ -118,6 +129,7 @@ class Extension:
     def tick(self) -> None:
         """Handle what arrived, advance moves, publish; SGLang is between two steps."""
         self._links.pulse.beat(time.monotonic())
+        self._mover.poll()
         self._receive()
         if self._mover.target.moves:
             self._await_commit()
@@ -155,6 +167,7 @@ class Extension:
             if self._mail.is_empty():
                 self._mail.wait(POLL_S)
             self._receive()
+            self._mover.arrive()
             self._mover.flush()
 
     def await_result(self, result: object) -> None:

@@ -20,7 +20,7 @@ import msgspec
 
 from sglang_star.errors import MalformedMessage, VersionMismatch
 
-PROTOCOL_VERSION: Final = 5
+PROTOCOL_VERSION: Final = 6
 
 DRAIN: Final = "drain"
 """Reason of every move off an instance that is to go; targets go by it. The router's policies,
@@ -78,6 +78,7 @@ class MoveReport(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
             minus ``step_ms``; stall_steps: the same divided by ``step_ms``.
         step_ms: mean decode step time at the source when the move was ordered, exponential.
         transport_bytes: KV bytes moved.
+        transport: what carried them; transport_reason: why that one.
         started_at, finished_at: wall clock, seconds since the epoch.
     """
 
@@ -95,6 +96,8 @@ class MoveReport(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     stall_steps: float = 0.0
     step_ms: float = 0.0
     transport_bytes: int = 0
+    transport: str = ""
+    transport_reason: str = ""
     started_at: float = 0.0
     finished_at: float = 0.0
 
@@ -125,6 +128,8 @@ class InstanceStatus(Message, frozen=True):
         armed: orders that wait for their request to come to its token.
         faults: defects that cost a message, a move or an order, by what was being done.
         dropped: messages lost here, by why: not understood, or too many.
+        transports: ways to carry KV that this instance has, the fastest first, and the state of
+            each: ``ready``, ``not started``, or why it cannot be had.
     """
 
     instance_id: str
@@ -152,6 +157,7 @@ class InstanceStatus(Message, frozen=True):
     armed: int = 0
     faults: dict[str, int] = {}
     dropped: dict[str, int] = {}
+    transports: dict[str, str] = {}
 
 
 class Advertisement(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +168,9 @@ class Advertisement(msgspec.Struct, frozen=True, kw_only=True):
             on a prefill instance, which neither sends nor receives migrations.
         fingerprint: equal between instances that may exchange KV (model, dtype, layers, page
             size, tensor-parallel size, SGLang and STAR versions).
-        host_token: equal between instances that share memory (same machine and ipc namespace).
+        host_token: equal between instances that share memory (one machine, whose processes see
+            each other).
+        transports: names of what can carry KV from and to here, the fastest first.
     """
 
     protocol_version: int
@@ -175,6 +183,7 @@ class Advertisement(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     host_token: str
     predictor: str = "off"
+    transports: tuple[str, ...] = ()
 
 
 # --------------------------------------------------------------------------- orders
@@ -287,6 +296,17 @@ class MoveMessage(Message, frozen=True):
         return self.route.receiver
 
 
+class Offer(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """A transport that the source has.
+
+    Attributes:
+        setup: what the target needs to read by it, opaque; empty while it is not started.
+    """
+
+    name: str
+    setup: bytes
+
+
 class Reserve(MoveMessage, frozen=True):
     """Source asks for a request slot on the target.
 
@@ -301,7 +321,7 @@ class Reserve(MoveMessage, frozen=True):
         max_new_tokens: the limit in force at home, after its own clamping.
         moves: moves of this request so far.
         reason: why the move was ordered.
-        transport: name of the carrier; transport_setup: what its receiving side needs.
+        offers: transports that the source has, the fastest first.
     """
 
     source: Peer
@@ -315,12 +335,18 @@ class Reserve(MoveMessage, frozen=True):
     max_new_tokens: int
     moves: int
     reason: str
-    transport: str
-    transport_setup: bytes
+    offers: tuple[Offer, ...]
 
 
 class Reserved(MoveMessage, frozen=True):
-    """Target holds a slot for the request and has opened the carrier."""
+    """Target holds a slot for the request and reads KV by ``transport``.
+
+    Attributes:
+        transport: one of those offered; reason: why that one.
+    """
+
+    transport: str
+    reason: str = ""
 
 
 class Refused(MoveMessage, frozen=True):
@@ -331,18 +357,24 @@ class Refused(MoveMessage, frozen=True):
 
 
 class PagesReady(MoveMessage, frozen=True):
-    """KV of token positions ``[start, end)`` lies in the carrier's slot ``slot``."""
+    """KV of token positions ``[start, end)`` lies in a slot of the source's staging memory.
+
+    Attributes:
+        slot, stamp: which, and what tells this content of it from any other.
+        checksum: CRC-32 of the bytes; 0 if it was not taken.
+    """
 
     start: int
     end: int
     slot: int
+    stamp: int
+    checksum: int = 0
 
 
 class PagesTaken(MoveMessage, frozen=True):
-    """Target has copied them; the source may reuse ``slot``."""
+    """Target has copied what had that ``stamp``; the source may use the slot again."""
 
-    end: int
-    slot: int
+    stamp: int
 
 
 class Parked(MoveMessage, frozen=True):
@@ -365,6 +397,8 @@ class MoveFacts(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     transport_bytes: int
     step_ms: float
     started_at: float
+    transport: str = ""
+    transport_reason: str = ""
 
 
 class Commit(MoveMessage, frozen=True):

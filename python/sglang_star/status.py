@@ -14,6 +14,7 @@ from sglang_star.engine import batch
 from sglang_star.engine.real import SglangEngine
 from sglang_star.faults import Faults
 from sglang_star.migration.mover import Mover
+from sglang_star.migration.transport.choice import Transports
 from sglang_star.platform import paced
 from sglang_star.predictor import runner
 from sglang_star.protocol import InstanceStatus, Peer, RequestStatus
@@ -79,6 +80,7 @@ class StatusReporter:
         timer: StepTimer,
         faults: Faults,
         dropped: Mapping[str, int],
+        transports: Transports,
     ) -> None:
         self._scheduler = scheduler
         self._engine = engine
@@ -91,6 +93,7 @@ class StatusReporter:
         self._armed = mover.armed
         self._faults = faults
         self._dropped = dropped
+        self._transports = transports
         self._timer = timer
         self._sequence = 0
         self.retractions = 0
@@ -135,6 +138,7 @@ class StatusReporter:
             armed=len(self._armed),
             faults=dict(self._faults.counts),
             dropped=dict(self._dropped),
+            transports=self._transports.states(),
         )
 
     def _running(self) -> Iterator[Req]:

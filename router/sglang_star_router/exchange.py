@@ -1,7 +1,7 @@
 """Which instances can hand requests to each other, and why others cannot.
 
 What an instance advertises says it all: KV moves only between equal models, layouts and releases,
-and by shared memory, the one transport there is, only within a machine.
+and by a transport that both have: by one that needs memory in common only within a machine.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from sglang_star_router.policy.snapshot import IntArray
 
 logger = logging.getLogger(__name__)
 
+NETWORK = "nixl"
+"""The transport that reaches other machines."""
+
 
 class Obstacle(Enum):
     """Why no request can move between two instances; the value is the metric's label."""
 
     FINGERPRINT = "fingerprint"
     HOST = "host"
+    TRANSPORT = "transport"
 
     @property
     def text(self) -> str:
@@ -33,7 +37,8 @@ class Obstacle(Enum):
 
 _TEXTS = {
     Obstacle.FINGERPRINT: "they differ in model, dtype, KV layout, role or release",
-    Obstacle.HOST: "they share no memory: another machine or another /dev/shm",
+    Obstacle.HOST: "they share no memory, and do not both have --star-transport auto or nixl",
+    Obstacle.TRANSPORT: "they have no --star-transport in common",
 }
 
 
@@ -41,26 +46,34 @@ def obstacle(one: Advertisement, other: Advertisement) -> Obstacle | None:
     """What keeps requests from moving between two instances, in either direction."""
     if one.fingerprint != other.fingerprint:
         return Obstacle.FINGERPRINT
+    common = set(one.transports) & set(other.transports)
+    if not common:
+        return Obstacle.TRANSPORT
     # An instance that cannot tell has no shared memory at all.
-    if one.host_token != other.host_token or not one.host_token:
-        return Obstacle.HOST
-    return None
+    apart = one.host_token != other.host_token or not one.host_token
+    return Obstacle.HOST if apart and NETWORK not in common else None
 
 
 def groups(advertised: Sequence[Advertisement | None]) -> IntArray:
     """Number instances so that equal numbers can hand requests to each other, ``[I]``.
 
-    One without STAR, or without shared memory, is a group of its own.
+    One without STAR, or without any transport, is a group of its own; so are those of a machine
+    that no network transport leads out of.
     """
     numbers: dict[object, int] = {}
     found = [
-        numbers.setdefault(
-            (known.fingerprint, known.host_token) if known and known.host_token else row,
-            len(numbers),
-        )
+        numbers.setdefault(_group(known) or row, len(numbers))
         for row, known in enumerate(advertised)
     ]
     return np.array(found, np.int64)
+
+
+def _group(known: Advertisement | None) -> tuple[str, str] | None:
+    if known is None or not known.transports:
+        return None
+    if NETWORK in known.transports:
+        return known.fingerprint, NETWORK
+    return (known.fingerprint, known.host_token) if known.host_token else None
 
 
 class Obstacles:

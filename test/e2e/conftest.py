@@ -27,7 +27,7 @@ PATIENT_ROUTER = (
 TOOLS = ("--tool-call-parser", "qwen25")
 
 # Between them: both modes, both page sizes, overlap on and off, chains over three instances,
-# prefills alone and together with what decodes.
+# prefills alone and together with what decodes, KV by shared memory and over a network.
 LAYOUTS: dict[str, dict[str, object]] = {
     "aggregated-page1-overlap-mixed": {
         "aggregated": 3,
@@ -43,6 +43,8 @@ LAYOUTS: dict[str, dict[str, object]] = {
             "16",
             "--disable-overlap-schedule",
             "--enable-deterministic-inference",
+            "--star-transport",
+            "nixl",
         ),
     },
     "disaggregated-page1-overlap": {

@@ -172,6 +172,5 @@ def stranger(here: Peer, incarnation: int) -> Reserve:
         max_new_tokens=1,
         moves=0,
         reason="test",
-        transport="shm",
-        transport_setup=b"",
+        offers=(),
     )

@@ -65,6 +65,7 @@ class FakeEngine:
     predictor: str = "off"
     fingerprint: str = "f"
     host_token: str = "h"
+    transports: tuple[str, ...] = ("shm",)
     version: int = PROTOCOL_VERSION
     chunks: list[bytes] = field(default_factory=lambda: [b'data: {"i":0}\n\n', b"data: [DONE]\n\n"])
     gate: asyncio.Event | None = None
@@ -190,6 +191,7 @@ class FakeEngine:
                 "migration_address": self.peer["address"],
                 "fingerprint": self.fingerprint,
                 "host_token": self.host_token,
+                "transports": self.transports,
                 "predictor": self.predictor,
             }
         return web.json_response(info)

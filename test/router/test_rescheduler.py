@@ -250,6 +250,7 @@ def test_stale_instance_is_no_target():
         ({"fingerprint": "another"}, "fingerprint", "model"),
         ({"host_token": "elsewhere"}, "host", "share no memory"),
         ({"host_token": ""}, "host", "share no memory"),
+        ({"host_token": "elsewhere", "transports": ("nixl",)}, "transport", "in common"),
     ],
 )
 def test_instances_that_cannot_exchange_requests_are_told_apart(other, reason, words, caplog):
@@ -284,6 +285,20 @@ def test_instances_that_cannot_exchange_requests_are_told_apart(other, reason, w
             assert a.orders == [("drain", {"targets": [b.url], "peers": [b.peer]})]
             body = {"instance": b.name, "targets": [c.name]}
             assert (await running.post("/star/drain", body))[0] == 409
+
+    run(check())
+
+
+def test_instances_of_two_machines_exchange_requests_where_both_have_a_network_transport():
+    async def check():
+        policy = Scripted()
+        a = FakeEngine(transports=("shm", "nixl"))
+        b = FakeEngine(transports=("nixl",), host_token="elsewhere")
+        async with fleet(a, b, policies={"rescheduler_policy": policy}) as running:
+            await eventually(lambda: policy.snapshots)
+            first, second = policy.snapshots[-1].instances.group.tolist()
+            assert first == second
+            assert running.router.fleet.obstacles.between(a.name, b.name) is None
 
     run(check())
 

@@ -1,24 +1,29 @@
 """The verbs on an engine whose KV knows its prefix; it behaves as SGLang does under them.
 
 A step is launched, and its result comes later: with overlap after the next one was launched. It
-writes KV where it was told at its launch, whatever became of the request since.
+writes KV where it was told at its launch, whatever became of the request since. So do copies: they
+read and write what they were told to when they are over, and not when they began.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from sglang_star.errors import MalformedMessage, OrderRefused
+from sglang_star.engine.bounds import Bounds
+from sglang_star.engine.tickets import Tickets
+from sglang_star.errors import MalformedMessage, OrderRefused, PeerError
 from simulation.pages import Pages
 from simulation.request import Request
+from simulation.tokens import VOCABULARY
 
 if TYPE_CHECKING:
     from simulation.node import Node
 
+BOUNDS = Bounds(VOCABULARY, context=1000)
 GARBAGE = -1
 OTHER_WEIGHTS = 1 << 61
 """Above all hashes: what tells KV of one version of the weights from that of another."""
@@ -28,6 +33,51 @@ Step = list[tuple[Request, list[int], int, int]]
 
 class KvError(AssertionError):
     """KV is not what the tokens before it would have made."""
+
+
+class Late:
+    """A copy that happens when it is found to be over, in the memory as it is then."""
+
+    __slots__ = ("_copy", "_due", "_node")
+
+    def __init__(self, node: Node, copy: Callable[[], None]) -> None:
+        self._node = node
+        self._copy = copy
+        self._due = 0.0
+        world, longest = node.world, node.shape.copy_s
+        if longest and world.chance(0.8):
+            self._due = world.clock.now + world.random.uniform(0, longest)
+
+    def is_over(self) -> bool:
+        if self._node.world.clock.now < self._due:
+            return False
+        self._copy()
+        return True
+
+
+class LateScatter(Late):
+    """One that writes what is fetched: begun once that has arrived, it is not to be stopped."""
+
+    __slots__ = ("_data", "_fetch")
+
+    def __init__(self, node: Node, write: Callable[[Any], None], fetch: Any) -> None:
+        super().__init__(node, lambda: write(self._data))
+        self._fetch = fetch
+        self._data: list[int] | None = None
+
+    def is_over(self) -> bool:
+        try:
+            if self._data is None:
+                self._data = self._fetch.arrived()
+            over = self._data is not None and super().is_over()
+            if over and not self._fetch.intact():
+                raise PeerError("the sender has used the slot again")
+        except PeerError:
+            self._fetch.close()
+            raise
+        if over:
+            self._fetch.close()
+        return over
 
 
 class FakeEngine:
@@ -40,6 +90,7 @@ class FakeEngine:
         hidden: pages that somebody else has for a while.
         batch: those that decode; waiting: those without KV, oldest first.
         in_flight: launched steps whose results are still to come.
+        tickets: copies; drains: slots that were released while one still writes into them.
     """
 
     unsupported = ""
@@ -59,6 +110,8 @@ class FakeEngine:
         self.version = 0
         self.held_rows = 0
         self.hidden: list[int] = []
+        self.tickets = Tickets()
+        self.drains: list[tuple[Collection[int], list[int]]] = []
         self._joining: list[Request] = []
         self._node = node
         self._ids = itertools.count(1)
@@ -138,13 +191,44 @@ class FakeEngine:
     def state(self, req: Request) -> tuple[tuple[int, ...], bytes]:
         return (), b""
 
-    def gather(self, req: Request, start: int, end: int, slot: Any) -> None:
+    def gather(self, req: Request, start: int, end: int, slot: Any) -> int:
         assert end <= len(req.slots), f"{req} holds {len(req.slots)} positions, not {end}"
-        pool = self.pool
-        slot[:] = [pool[index] for index in req.slots[start:end]]
+        pool, source = self.pool, req.slots[start:end]
 
-    def release(self, req: Request, *, keep_prefix: bool) -> None:
+        def copy() -> None:
+            slot[:] = [pool[index] for index in source]
+
+        return self.tickets.begin(Late(self._node, copy))
+
+    # ------------------------------------------------------------------ copies
+
+    def poll(self) -> None:
+        if self.tickets:
+            self.tickets.poll()
+        if self.drains:
+            waiting, self.drains = self.drains, []
+            for after, slots in waiting:
+                if all(map(self.copied, after)):
+                    self.pages.give(slots, (), 0)
+                    self.held_rows -= 1
+                else:
+                    self.drains.append((after, slots))
+
+    def copied(self, ticket: int) -> bool:
+        return self.tickets.is_over(ticket)
+
+    def failure(self, ticket: int) -> str:
+        return self.tickets.failure(ticket)
+
+    def draining(self) -> bool:
+        return bool(self.drains)
+
+    def release(self, req: Request, *, keep_prefix: bool, after: Collection[int] = ()) -> None:
         if not req.row:
+            return
+        if not all(map(self.copied, after)):
+            self.drains.append((after, req.slots))
+            req.slots, req.committed, req.row = [], 0, False
             return
         complete = min(req.committed, len(req.chain) - 1) if keep_prefix else 0
         self.pages.give(req.slots, req.chain, complete)
@@ -156,7 +240,7 @@ class FakeEngine:
     # ------------------------------------------------------------------ arriving
 
     def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
-        spec = self._node.world.specs.get(message.decode())
+        spec = self._node.world.specs.get(message.decode(errors="replace"))
         if spec is None:
             raise MalformedMessage("not a tokenized request")
         req = Request(rid, spec)
@@ -175,6 +259,9 @@ class FakeEngine:
         return "" if req.to_finish is None and not req.finished() else "Aborted"
 
     def seat(self, req: Request, max_new_tokens: int) -> bool:
+        if max_new_tokens < 1:
+            raise MalformedMessage(f"a request with room for {max_new_tokens} tokens")
+        BOUNDS.check_length(len(req.spec.prompt) + max_new_tokens)
         if self.held_rows >= self.rows:
             return False
         assert not req.row, f"{req} has a row already"
@@ -201,27 +288,35 @@ class FakeEngine:
             req.slots.append(last * size + position % size)
         return True
 
-    def scatter(self, req: Request, start: int, end: int, slot: Any) -> None:
-        if end - start > len(slot):
-            raise OrderRefused("a slot cannot hold that many tokens")
-        self.sync()
-        for index, value in zip(req.slots[start:end], slot, strict=False):
-            self.pool[index] = value
+    def scatter(self, req: Request, start: int, end: int, fetch: Any) -> int:
+        target = req.slots[start:end]
+
+        def write(data: list[int]) -> None:
+            self.sync()
+            for index, value in zip(target, data, strict=False):
+                self.pool[index] = value
+
+        return self.tickets.begin(LateScatter(self._node, write, fetch))
 
     def adopt(self, req: Request, output_ids: Sequence[int]) -> None:
         assert not req.output_ids, f"{req} has output"
+        BOUNDS.check(output_ids, beside=len(req.spec.prompt))
+        if len(output_ids) >= req.max_new_tokens:
+            raise MalformedMessage("the output that was committed is over")
         for token in output_ids:
             req.push(token)
 
     def join(self, req: Request, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
         if not len(req.chain) - 1 == length == len(req.slots):
             raise OrderRefused("the committed length does not match the KV received")
+        BOUNDS.check(penalty_log)
         req.committed = length
         self.unpark(req)
 
     # ------------------------------------------------------------------ the client's stream
 
     def append(self, req: Request, tokens: Sequence[int], details: bytes) -> None:
+        BOUNDS.check(tokens, beside=len(req.chain))
         for token in tokens:
             req.push(token)
 
@@ -393,7 +488,8 @@ class FakeEngine:
             if have != len(req.chain):
                 raise KvError(f"{req} has {len(req.chain)} tokens, its step fed the {have}th")
             found = [*map(pool.__getitem__, slots[:have])]
-            if found != (req.chain if not tag else [one ^ tag for one in req.chain]):
+            right = req.chain if not tag else [one ^ tag for one in req.chain]
+            if found != right and self._node.world.judges(req.spec.rid):
                 raise KvError(f"{req} decodes with {self._wrong(found, req)} KV")
             req.push(req.spec.next_token(req.chain[-1], self._node.number))
             if req.finished_reason is not None:

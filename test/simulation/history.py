@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_star.config import StarConfig
 from sglang_star.protocol import DrainOrder, MigrateOrder, Peer
-from simulation import carrier, invariants
+from simulation import invariants
 from simulation.clock import Clock
 from simulation.node import Node
 from simulation.plan import DISTURBED_S, Plan
@@ -42,6 +42,7 @@ class Weather:
     delay: float = 0.0
     delay_s: float = 0.0
     stray: float = 0.0
+    garble: float = 0.0
     stray_s: float = 0.0
 
 
@@ -76,7 +77,8 @@ class History:
         self.clock = Clock()
         self.random = random.Random(plan.seed ^ 0x5EED)
         self.weather = Weather()
-        self.segments = carrier.Segments()
+        self.labelled: dict[bytes, Node] = {}
+        self.fetches: set[Any] = set()
         self.trace: list[tuple[float, str, str, tuple[Any, ...]]] = []
         self.failure = ""
         self.stack = ""
@@ -88,11 +90,10 @@ class History:
             peer_timeout_s=TIMEOUT_S,
             stuck_timeout_s=STUCK_S,
             move_deadline_s=DEADLINE_S,
-            copy_tokens_per_step=plan.copy_tokens,
+            copy_mb_per_step=(8 * plan.copy_tokens + 0.5) / 1e6,
             max_moves=3,
             max_guests=4,
         )
-        object.__setattr__(self.config, "transport", carrier.NAME)  # no flag may ask for it
         self._engines = 0
         self._cuts: set[frozenset[str]] = set()
         self._late: dict[tuple[str, str], float] = {}
@@ -106,7 +107,6 @@ class History:
 
     def run(self) -> str:
         """Run to the end; return what does not hold, empty if all does."""
-        self.segments.install()
         for at, name, spec in self.plan.requests:
             self.clock.at(at, self._ask, name, spec)
         for event in self.plan.events:
@@ -131,6 +131,13 @@ class History:
 
     def note(self, who: str, what: str, *details: Any) -> None:
         self.trace.append((self.clock.now, who, what, details))
+
+    def judges(self, rid: str) -> bool:
+        """Whether what this client gets is to be what its twin gets."""
+        return True
+
+    def garble(self, address: str, message: Any) -> None:
+        """See :mod:`simulation.garbled`."""
 
     def chance(self, share: float) -> bool:
         return self.random.random() < share
@@ -209,7 +216,8 @@ class History:
     def _boot(self, name: str) -> None:
         incarnation = sum(node.name == name for node in self.dead) + 1
         shape = self.plan.shapes[name]
-        self.nodes[name] = Node(self, name, incarnation, shape, self.config)
+        node = self.nodes[name] = Node(self, name, incarnation, shape, self.config)
+        self.labelled[node.label] = node
 
     def _peer(self, name: str) -> Peer:
         return self.nodes[name].peer
@@ -432,7 +440,8 @@ class History:
                 have = len(shadow.req.output_ids)
                 known, began = before.get(shadow.stream_id, (have, now))
                 since[shadow.stream_id] = have, began if known == have else now
-                if known == have and now - began > STARVED_S:
+                starved = known == have and now - began > STARVED_S
+                if starved and self.judges(shadow.req.rid):
                     self.fail(f"{shadow.req.rid} gets no token for {STARVED_S:g} s")
             for guest in node.mover.host.by_stream.values() if node.alive and not still else ():
                 home = self.at(guest.home.address)

@@ -17,17 +17,14 @@ def at_rest(history: History) -> Iterator[str]:
             yield f"{rid} has {client.seen} tokens and never ends"
     for node in history.nodes.values():
         if node.alive:
-            yield from _empty(node)
+            yield from _empty(history, node)
     if history.gentle:
         for node in history.nodes.values():
             if node.mover.log.outcomes["reclaimed"]:
                 yield f"{node.name} reclaims a stream though nothing was lost"
-    for owner, _ in history.segments.opened.values():
-        if owner.alive:
-            yield f"{owner.name} never closes a carrier"
 
 
-def _empty(node: Node) -> Iterator[str]:
+def _empty(history: History, node: Node) -> Iterator[str]:
     mover, engine = node.mover, node.engine
     kept = {
         "moves": mover.sender.moves,
@@ -42,6 +39,11 @@ def _empty(node: Node) -> Iterator[str]:
         "waiting requests": engine.waiting,
         "rows": engine.held_rows,
         "steps": engine.in_flight,
+        "copies": engine.tickets,
+        "released KV": engine.drains,
+        "slots": node.staging.slots - node.staging.free,
+        "peers' memory": node.transports.in_use,
+        "fetches": [one for one in history.fetches if one._reader.here is node],
     }
     for what, left in kept.items():
         if left:

@@ -127,7 +127,7 @@ MUTATIONS = (
     Mutation(
         "order of pages unchecked",
         _TARGET,
-        "if message.start != self._engine.held(move.req) or message.end <= message.start:",
+        "if message.start != self._engine.held(req) or message.end <= message.start:",
         "if False:",
         "a lost or repeated piece of KV is not missed",
     ),
@@ -181,11 +181,11 @@ MUTATIONS = (
         "an engine with new weights decodes with KV of the old ones",
     ),
     Mutation(
-        "carrier of an incoming move stays open",
+        "peer's memory stays in use",
         _TARGET,
-        "        move.carrier.close()\n",
+        "        self._transports.leave(move.way)\n",
         "",
-        "shared memory of every move stays mapped",
+        "memory of every peer stays open for ever",
     ),
     Mutation(
         "name of an incoming move stays",
@@ -198,7 +198,8 @@ MUTATIONS = (
         "arrival not given back",
         _TARGET,
         "        if move.req is not None:\n"
-        "            self._engine.release(move.req, keep_prefix=False)\n        elif",
+        "            self._engine.release(move.req, keep_prefix=False, after=move.tickets)\n"
+        "        elif",
         "        if",
         "a cancelled arrival keeps row and pages",
     ),
@@ -236,15 +237,15 @@ MUTATIONS = (
     Mutation(
         "slot freed by any answer",
         _SENDER,
-        "move.filled.get(message.slot) == message.end:",
-        "message.slot in move.filled:",
+        "(piece := move.filled.pop(message.stamp, None)) is not None:",
+        "(piece := move.filled and move.filled.popitem()[1]):",
         "a repeated answer frees a slot that is in use",
     ),
     Mutation(
         "slot freed before it is read",
         _CARGO,
-        "            move.filled[slot] = end\n",
-        "            move.filled[slot] = end\n            move.free_slots.insert(0, slot)\n",
+        "            move.filled[piece.grant.stamp] = piece\n",
+        "            piece.region.give(piece.grant)\n",
         "a slot is filled again while the target still has to read it",
     ),
     Mutation(
@@ -316,8 +317,8 @@ MUTATIONS = (
     Mutation(
         "commit before the last step",
         _CARGO,
-        "if move.sent < length or not self._engine.is_settled(req):",
-        "if move.sent < length:",
+        "if move.sent < length or move.loading or not self._engine.is_settled(req):",
+        "if move.sent < length or move.loading:",
         "the step in flight when the request left the batch is lost",
     ),
     Mutation(
@@ -328,11 +329,11 @@ MUTATIONS = (
         "the position that the step in flight writes is copied too early",
     ),
     Mutation(
-        "carrier of a finished move stays open",
+        "slots of a finished move kept",
         _SENDER,
-        "        move.carrier.close()\n        move.machine.fire(SendingEvent.INSERTED)",
+        "        self._give_slots(move)\n        move.machine.fire(SendingEvent.INSERTED)",
         "        move.machine.fire(SendingEvent.INSERTED)",
-        "shared memory of every move stays",
+        "what the target has not given back by then is never granted again",
     ),
     Mutation(
         "guest slot kept after a hand-over",
@@ -340,6 +341,74 @@ MUTATIONS = (
         "            self._moved_on(move.stream_id)\n",
         "            pass\n",
         "a host of a chain keeps its guest for ever",
+    ),
+    # ------------------------------------------------------------------ copies under way
+    Mutation(
+        "KV released before its copy is over",
+        _TARGET,
+        "keep_prefix=False, after=move.tickets)",
+        "keep_prefix=False)",
+        "a copy into pages of a cancelled arrival writes over KV of another request",
+    ),
+    Mutation(
+        "pages told before they are gathered",
+        _CARGO,
+        "while move.loading and self._engine.copied(move.loading[0].ticket):",
+        "while move.loading:",
+        "the target reads a slot that is still being filled",
+    ),
+    Mutation(
+        "slot given back before it is emptied",
+        _TARGET,
+        "\n    def _unload",
+        "        source = move.reserve.source\n"
+        "        self._post.send(source, PagesTaken(\n"
+        "            route=move.route(source), stamp=message.stamp))\n"
+        "\n    def _unload",
+        "the source fills a slot that the target still reads",
+    ),
+    Mutation(
+        "joined before its KV is there",
+        _TARGET,
+        "        if move.announced or move.unloading:\n",
+        "        if move.announced:\n",
+        "a step reads pages that a copy still writes",
+    ),
+    Mutation(
+        "copies seen to be over within a step boundary",
+        "engine/tickets.py",
+        "        return ticket not in self._under_way\n",
+        "        return ticket != self._begun or ticket not in self._under_way\n",
+        "of several copies only the latest is waited for",
+    ),
+    Mutation(
+        "slot given back while it is filled",
+        _SENDER,
+        "            if self._engine.copied(piece.ticket):\n",
+        "            if True:\n",
+        "a copy of a move that is over writes into a slot that another has by now",
+    ),
+    Mutation(
+        "stamp of a slot unread",
+        "engine/tickets.py",
+        "            self._here[ticket] = Copying.FAILED\n",
+        "            self._here[ticket] = Copying.DONE\n",
+        "a target that was given up reads a slot that was granted again, and joins",
+        also=(("engine/tickets.py", "            self._failures[ticket] = str(error)\n", ""),),
+    ),
+    Mutation(
+        "failed copy taken for a good one",
+        _TARGET,
+        "            if why := self._engine.failure(piece.ticket):\n",
+        "            if why := None:\n",
+        "KV that never came is decoded with",
+    ),
+    Mutation(
+        "pieces beyond the budget lost",
+        _TARGET,
+        "                self._receive(move)\n                if move.commit",
+        "                self._unload(move)\n                if move.commit",
+        "what had to wait for the next step's budget is never copied; costs a move: may survive",
     ),
     # ------------------------------------------------------------------ host
     Mutation(
@@ -403,8 +472,10 @@ MUTATIONS = (
     Mutation(
         "flush sees no KV off the batch",
         _MOVER,
-        "return bool(self.target.moves) or any(",
-        "return False and any(",
+        "            bool(self.target.moves)\n"
+        "            or self._engine.draining()\n"
+        "            or any(",
+        "            False and any(",
         "a flush gives away the memory of a parked request or an arriving guest",
     ),
     Mutation(

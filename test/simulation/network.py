@@ -77,6 +77,8 @@ class Link:
         if faults.duplicate and world.chance(faults.duplicate):
             world.note("network", "doubles", message)
             self._carry(address, connection, message)
+        if faults.garble and world.chance(faults.garble):
+            world.garble(address, message)
         if faults.stray and world.chance(faults.stray):
             world.note("network", "repeats", message)
             world.clock.after(

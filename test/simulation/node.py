@@ -16,6 +16,7 @@ from sglang_star.protocol import Peer
 from simulation.engine import FakeEngine
 from simulation.network import Link
 from simulation.request import Request
+from simulation.transport import SLOTS, Staging, transports
 
 if TYPE_CHECKING:
     from simulation.history import History
@@ -62,7 +63,12 @@ class Node:
             self, page_size=shape.page_size, pages=shape.pages, rows=shape.rows
         )
         self.faults = Watcher(self)
-        self.mover = Mover(self.engine, self.link, config, "fingerprint", self.faults)
+        self.label = f"{name}/{incarnation}".encode()
+        self.staging = Staging(SLOTS, 8 * max(shape.page_size, world.plan.copy_tokens))
+        self.transports = transports(self, self.staging)
+        self.mover = Mover(
+            self.engine, self.link, config, "fingerprint", self.faults, self.transports
+        )
         self.orders = Orders(
             self.engine,
             self.mover,
@@ -159,6 +165,7 @@ class Node:
 
     def _tick(self) -> None:
         mover = self.mover
+        mover.poll()
         while self._inputs:
             self._inputs.popleft()()
         while self._urgent or self._inbox:
@@ -175,7 +182,9 @@ class Node:
         """Whether something here goes on by the clock alone."""
         mover = self.mover
         return bool(
-            mover.sender.moves
+            mover.sender.busy
+            or self.engine.tickets
+            or self.engine.draining()
             or mover.target.moves
             or mover.host.by_stream
             or mover.armed
@@ -184,7 +193,7 @@ class Node:
         )
 
     def __enter__(self) -> None:
-        self.world.segments.owner = self
+        pass
 
     def __exit__(
         self,

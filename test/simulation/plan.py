@@ -48,13 +48,20 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class EngineShape:
-    """One engine; ``pages`` KV pages, ``rows`` requests at once, ``step_s`` a decode step."""
+    """One engine; ``pages`` KV pages, ``rows`` requests at once, ``step_s`` a decode step.
+
+    Attributes:
+        copy_s: how long a copy of KV takes at most; 0 if all are over when they begin.
+        machine: those of one share memory.
+    """
 
     page_size: int
     pages: int
     rows: int
     overlap: bool
     step_s: float
+    copy_s: float = 0.0
+    machine: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,8 @@ def draw(seed: int, allowed: Allowed) -> Plan:
             rows=dice.choice((3, 8)),
             overlap=dice.random() < 0.6,
             step_s=dice.choice((0.005, 0.02, 0.06)),
+            copy_s=dice.choice((0.0, 0.01, 0.1)),
+            machine=dice.choice((0, 0, 1)),
         )
         for name in names
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from simulation.tokens import Spec, extend
+from simulation.tokens import VOCABULARY, Spec, extend
 
 
 class Request:
@@ -41,6 +41,7 @@ class Request:
 
     def push(self, token: int) -> None:
         """One more output token, and whether the output ends with it."""
+        assert 0 <= token < VOCABULARY, "no model has such a token"
         output = self.output_ids
         output.append(token)
         chain = self.chain

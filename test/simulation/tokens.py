@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MASK = (1 << 61) - 1
 END = 0
+VOCABULARY = 500
 
 
 def extend(state: int, token: int) -> int:
@@ -36,7 +37,7 @@ class Spec:
         if self.sampled:
             state = extend(state, engine)
         mixed = (state ^ state >> 31) * 0x9E3779B97F4A7C15 >> 20 & MASK
-        return END if mixed % self.end_every == 0 else 1 + mixed % 499
+        return END if mixed % self.end_every == 0 else 1 + mixed % (VOCABULARY - 1)
 
     def ends(self, token: int, output_tokens: int) -> dict[str, object] | None:
         """Why the output is over with this token, if it is."""

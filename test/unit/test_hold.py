@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from sglang_star.config import StarConfig
-from sglang_star.errors import OrderRefused
+from sglang_star.errors import NoTransport, OrderRefused
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.sender import Sender
 from sglang_star.migration.states import Sending
+from sglang_star.migration.transport.choice import Transports
+from sglang_star.migration.transport.memory import HostRegion
+from sglang_star.migration.transport.shm import SharedMemory
 from sglang_star.protocol import (
     Commit,
     PagesReady,
@@ -38,6 +41,7 @@ class Engine:
 
     Attributes:
         batch: requests that decode; in_flight: whether a step of those parked is not over yet.
+        copies_last: whether no copy is over; error: of those that are.
     """
 
     unsupported = ""
@@ -47,17 +51,22 @@ class Engine:
     def __init__(self) -> None:
         self.batch: list[Any] = []
         self.in_flight = False
+        self.copies_last = False
+        self.error = ""
         self.sent: list[Any] = []
         self.ids = map(str, itertools.count())
+        self.region = HostRegion(4 * StarConfig(predictor="off").max_moves, 8 * BUDGET)
+        self.transports = Transports([SharedMemory(self.region)], time.monotonic)
         self.log = MoveLog(self)  # type: ignore[arg-type]
         self.sender = Sender(
             self,  # type: ignore[arg-type]
             SimpleNamespace(peer=HERE, send=lambda to, message: self.sent.append(message)),
             SimpleNamespace(shadows={}),  # type: ignore[arg-type]
             self.log,
-            StarConfig(copy_tokens_per_step=BUDGET, predictor="off"),
+            StarConfig(copy_mb_per_step=(8 * BUDGET + 0.5) / 1e6, predictor="off"),
             "f",
             lambda stream: None,
+            self.transports,
         )
 
     def now(self) -> float:
@@ -105,8 +114,14 @@ class Engine:
     def weights(self) -> str:
         return "default"
 
-    def gather(self, req: Any, start: int, end: int, slot: Any) -> None:
-        pass
+    def gather(self, req: Any, start: int, end: int, slot: Any) -> int:
+        return 1
+
+    def copied(self, ticket: int) -> bool:
+        return not self.copies_last
+
+    def failure(self, ticket: int) -> str:
+        return self.error
 
     def release(self, req: Any, *, keep_prefix: bool) -> None:
         pass
@@ -140,8 +155,8 @@ class Engine:
     def step(self, token_for: Any = None) -> None:
         """One step of the scheduler: the target empties every slot, running requests decode."""
         for move in list(self.sender.moves.values()):
-            for slot, end in list(move.filled.items()):
-                self.sender.on_taken(self.answer(PagesTaken, move, end=end, slot=slot))
+            for stamp in list(move.filled):
+                self.sender.on_taken(self.answer(PagesTaken, move, stamp=stamp))
         for req in self.batch:
             req.output_ids.append(0)
         self.sender.step(NoFaults())
@@ -151,9 +166,8 @@ class Engine:
 def engine() -> Iterator[Engine]:
     made = Engine()
     yield made
-    # A carrier whose target never answered still has its name.
-    for move in made.sender.moves.values():
-        move.carrier.close()
+    on_their_way = sum(move.on_their_way for move in made.sender.moves.values())
+    assert made.region.free == made.region.slots - on_their_way
 
 
 def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engine) -> None:
@@ -163,7 +177,7 @@ def test_held_at_once_it_waits_and_is_then_copied_within_the_budget(engine: Engi
     assert engine.batch == []
     engine.step()
     assert engine.all_of(PagesReady) == []
-    engine.sender.on_reserved(engine.answer(Reserved, move))
+    engine.sender.on_reserved(engine.answer(Reserved, move, transport="shm"))
     before, steps = 0, 0
     while move.machine.state is not Sending.COMMITTED:
         engine.step()
@@ -182,7 +196,7 @@ def test_the_step_in_flight_still_counts(engine: Engine, tokens: int) -> None:
     req = engine.request(tokens)
     engine.in_flight = True
     move = engine.start(req)
-    engine.sender.on_reserved(engine.answer(Reserved, move))
+    engine.sender.on_reserved(engine.answer(Reserved, move, transport="shm"))
     for _ in range(20):
         engine.step()
     # All whole pages went, and no commit before the last token is known.
@@ -202,7 +216,7 @@ def test_refused_it_is_back_in_the_batch_with_the_next_step(engine: Engine, rese
     engine.in_flight = True
     move = engine.start(req)
     if reserved:
-        engine.sender.on_reserved(engine.answer(Reserved, move))
+        engine.sender.on_reserved(engine.answer(Reserved, move, transport="shm"))
         engine.step()
     engine.refuse(move)
     # Its KV is not complete before the result of the step in flight is in.
@@ -210,9 +224,9 @@ def test_refused_it_is_back_in_the_batch_with_the_next_step(engine: Engine, rese
     assert engine.batch == []
     assert move.off_batch
     for late in (Reserved, PagesTaken):
-        fields = {"end": 1, "slot": 0} if late is PagesTaken else {}
-        message = engine.answer(late, move, **fields)
-        (engine.sender.on_taken if fields else engine.sender.on_reserved)(message)
+        taken = late is PagesTaken
+        message = engine.answer(late, move, **({"stamp": 1} if taken else {"transport": "shm"}))
+        (engine.sender.on_taken if taken else engine.sender.on_reserved)(message)
     engine.refuse(move)
     engine.sender.on_lost(THERE, "gone")
     engine.in_flight = False
@@ -277,7 +291,7 @@ def test_held_later_it_decodes_so_many_tokens_before(engine: Engine) -> None:
 def test_held_while_copying_it_keeps_what_was_copied(engine: Engine) -> None:
     req = engine.request()
     move = engine.start(req, hold_after=2)
-    engine.sender.on_reserved(engine.answer(Reserved, move))
+    engine.sender.on_reserved(engine.answer(Reserved, move, transport="shm"))
     engine.step()
     assert move.machine.state is Sending.COPYING
     engine.step()
@@ -296,7 +310,7 @@ def test_those_that_wait_are_copied_before_those_that_decode(engine: Engine) -> 
     first = engine.start(decoding, hold_after=None)
     second = engine.start(waiting)
     for move in (first, second):
-        engine.sender.on_reserved(engine.answer(Reserved, move))
+        engine.sender.on_reserved(engine.answer(Reserved, move, transport="shm"))
     engine.step()
     assert (first.sent, second.sent) == (0, BUDGET)
 
@@ -316,15 +330,44 @@ def test_a_request_moves_once_at_a_time_and_not_all_at_once(engine: Engine) -> N
     assert engine.batch[-1] is late
 
 
-def test_a_move_without_shared_memory_is_refused(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
+def test_a_move_without_any_transport_is_refused(engine: Engine) -> None:
+    engine.transports._kinds = (SharedMemory(None),)
     req = engine.request()
-    with pytest.raises(OrderRefused, match="space"):
+    with pytest.raises(NoTransport, match="shm: no staging memory"):
         engine.start(req)
     assert engine.batch == [req]
     assert engine.sender.moves == {}
+
+
+def test_a_target_that_knows_another_transport_costs_the_move(engine: Engine) -> None:
+    req = engine.request()
+    move = engine.start(req)
+    engine.sender.on_reserved(engine.answer(Reserved, move, transport="pigeon"))
+    assert engine.batch == [req]
+    [report] = engine.log.reports
+    assert (report.outcome, "pigeon" in report.detail) == ("failed", True)
+
+
+def test_its_slots_go_back_once_they_are_not_written_any_more(engine: Engine) -> None:
+    move = engine.start(engine.request())
+    engine.copies_last = True
+    engine.sender.on_reserved(engine.answer(Reserved, move, transport="shm"))
+    engine.step()
+    assert len(move.loading) == 1
+    assert engine.all_of(PagesReady) == [], "it is still being gathered"
+    engine.refuse(move)
+    assert engine.region.free == engine.region.slots - 1
+    engine.copies_last = False
+    engine.step()
+    assert engine.region.free == engine.region.slots
+
+
+def test_a_copy_that_fails_costs_the_move(engine: Engine) -> None:
+    req = engine.request()
+    move = engine.start(req)
+    engine.error = "the device is gone"
+    engine.sender.on_reserved(engine.answer(Reserved, move, transport="shm"))
+    engine.step()
+    assert engine.batch == [req]
+    [report] = engine.log.reports
+    assert (report.outcome, report.detail) == ("failed", "the device is gone")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from sglang_star.config import StarConfig
 from sglang_star.migration.home import Home
 from sglang_star.migration.host import Guest, Host
 from sglang_star.migration.incoming import Homecoming
@@ -24,6 +25,7 @@ from sglang_star.migration.states import (
     SendingEvent,
 )
 from sglang_star.migration.target import Target
+from sglang_star.migration.transport.choice import Transports
 from sglang_star.protocol import (
     Commit,
     Inserted,
@@ -114,9 +116,10 @@ class AtHome:
             self.post,
             self.home,
             self.log,
-            None,  # type: ignore[arg-type]
+            StarConfig(predictor="off"),
             "f",
             lambda stream: None,
+            Transports([], time.monotonic),
         )
         self.log.clock(self.req)
         self.move = Outgoing(
@@ -128,8 +131,6 @@ class AtHome:
             home=A,
             target=B,
             reason="test",
-            carrier=SimpleNamespace(close=lambda: None),  # type: ignore[arg-type]
-            slot_tokens=8,
             token_bytes=8,
             step_ms=1.0,
             deadline=time.monotonic() + 60,
@@ -210,22 +211,22 @@ def returning() -> SimpleNamespace:
         max_new_tokens=9,
         moves=2,
         reason="test",
-        transport="shm",
-        transport_setup=b"",
+        offers=(),
     )
     target = Target(
         home.engine,
         home.post,
         home.home,
         SimpleNamespace(by_stream={}),  # type: ignore[arg-type]
-        SimpleNamespace(),  # type: ignore[arg-type]
+        StarConfig(predictor="off"),
         "f",
+        SimpleNamespace(leave=lambda way: None, forget=lambda peer: None),  # type: ignore[arg-type]
     )
     home.home._over = target.stay_away
     move = Homecoming(
         reserve=reserve,
         rid="r",
-        carrier=SimpleNamespace(close=lambda: None),  # type: ignore[arg-type]
+        way=SimpleNamespace(name="shm"),  # type: ignore[arg-type]
         deadline=time.monotonic() + 60,
         req=req,
         shadow=home.home.shadows[STREAM],
@@ -281,7 +282,7 @@ def test_pages_and_notices_of_another_move_are_not_this_ones(returning: SimpleNa
     target.on_parked(Parked(route=route("to-b"), step_ms=1e6))
     assert move.due == 0.0
     # None of the engine's verbs for pages is there: reaching one would raise.
-    target.on_pages(PagesReady(route=route("to-b"), start=0, end=1, slot=0))
+    target.on_pages(PagesReady(route=route("to-b"), start=0, end=1, slot=0, stamp=1))
     target.on_release(Release(route=route("to-b"), reason="an earlier one"))
     assert returning.home.sent == []
     target.on_parked(Parked(route=route("to-a"), step_ms=1e6))

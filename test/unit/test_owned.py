@@ -16,20 +16,19 @@ import pytest
 from sglang_star import owned
 from sglang_star.errors import ConfigError
 from sglang_star.fleet_key import Unlocked
-from sglang_star.migration import transport
 from sglang_star.migration.links import Links
 
 MAKER = """
 import sys
 sys.path[:0] = sys.argv[1:2]
+from sglang_star import owned
 from sglang_star.fleet_key import Unlocked
-from sglang_star.migration.transport.shm import SharedMemoryCarrier
 from sglang_star.migration.links import Links
 
-segment = SharedMemoryCarrier.send(2, 4096)
+segment, held = owned.make_file(sys.argv[2], "star-kv-")
 links = Links("a", 1, host="127.0.0.1", advertise_host="127.0.0.1", door=Unlocked(),
               migration_port=0, status_port=0, heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0)
-print(segment._file, links.order_address.removeprefix("ipc://").removesuffix("/orders"), flush=True)
+print(segment, links.order_address.removeprefix("ipc://").removesuffix("/orders"), flush=True)
 sys.stdin.read()
 """
 
@@ -55,14 +54,14 @@ def test_the_next_start_removes_what_a_killed_instance_left(
     monkeypatch.setattr(tempfile, "tempdir", str(short_path))
     package = Path(owned.__file__).parents[1]
     child = subprocess.Popen(
-        [sys.executable, "-c", MAKER, package],
+        [sys.executable, "-c", MAKER, package, short_path],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdout is not None
     segment, folder = child.stdout.readline().split()
     try:
         # While it lives, others start beside it.
-        transport.sweep()
+        assert owned.sweep(str(short_path), "star-kv-") == []
         links().close()
         assert os.path.exists(segment)
         assert os.path.exists(f"{folder}/orders")
@@ -71,7 +70,7 @@ def test_the_next_start_removes_what_a_killed_instance_left(
         child.communicate()
     assert os.path.exists(segment), "it was killed before it could tidy up"
     assert os.path.exists(folder)
-    transport.sweep()
+    assert owned.sweep(str(short_path), "star-kv-") == [segment]
     assert not os.path.exists(segment)
     links().close()
     assert not os.path.exists(folder)

@@ -28,7 +28,7 @@ CHUNK = protocol.TokenChunk(
 )
 MESSAGES = [
     protocol.Parked(route=ROUTE, step_ms=30.0),
-    protocol.PagesReady(route=ROUTE, start=0, end=16, slot=2),
+    protocol.PagesReady(route=ROUTE, start=0, end=16, slot=2, stamp=7),
     protocol.Commit(
         route=ROUTE,
         weights="default",

@@ -1,67 +1,186 @@
+"""Staging memory, and how one process reads another's."""
+
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from sglang_star.config import StarConfig
 from sglang_star.errors import PeerError
-from sglang_star.migration.transport import carrier
-from sglang_star.migration.transport.shm import SharedMemoryCarrier
+from sglang_star.migration.transport import memory
+from sglang_star.migration.transport.base import Grant
+from sglang_star.migration.transport.build import MAX_SLOT, slot_shape
+from sglang_star.migration.transport.memory import HostRegion, checksum
+from sglang_star.migration.transport.shm import Setup, SharedMemory
+from sglang_star.migration.transport.slots import Slots
+
+SOURCE = """
+import sys
+sys.path[:0] = sys.argv[1:2]
+from sglang_star.migration.transport.memory import HostRegion
+from sglang_star.migration.transport.shm import SharedMemory
+
+region = HostRegion(3, 1 << 20)
+grant = region.grant()
+region.view(grant).fill_(7)
+print(SharedMemory(region).setup().hex(), grant.index, grant.stamp, flush=True)
+for line in sys.stdin:
+    region.give(grant)
+    grant = region.grant()
+    print(grant.stamp, flush=True)
+"""
 
 
-def named(carrier: SharedMemoryCarrier) -> bool:
-    """Whether the segment still has a name, so that it would outlive both sides."""
-    return os.path.exists(f"/dev/shm/{msgspec.msgpack.decode(carrier.setup)[0]}")
+@contextmanager
+def another_process(text: str, *arguments: str) -> Iterator[Any]:
+    package = str(Path(__file__).resolve().parents[2] / "python")
+    child = subprocess.Popen(
+        [sys.executable, "-c", text, package, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
 
 
-def test_what_one_side_writes_the_other_reads() -> None:
-    sender = SharedMemoryCarrier.send(3, 1024)
-    receiver = SharedMemoryCarrier.receive(sender.setup)
-    sender.slot(2).fill_(7)
-    assert int(receiver.slot(2).sum()) == 7 * 1024
-    assert int(receiver.slot(1).sum()) == 0
-    sender.connected()
-    assert not named(sender)
-    receiver.slot(0).fill_(1)
-    assert int(sender.slot(0).sum()) == 1024
-    sender.close()
-    receiver.close()
+def test_slots_are_granted_alike_on_every_rank() -> None:
+    one, other = Slots(3), Slots(3)
+    for slots in (one, other):
+        assert [slots.take(), slots.take()] == [0, 1]
+        slots.give(0)
+        assert [slots.take(), slots.take(), slots.take()] == [0, 2, None]
+        slots.give(1)
+        assert len(slots) == 1
+    for wrong in (1, 3, -1):
+        with pytest.raises(ValueError, match="not taken"):
+            one.give(wrong)
 
 
-def test_closing_early_leaves_nothing_behind() -> None:
-    sender = SharedMemoryCarrier.send(1, 64)
-    assert named(sender)
-    sender.close()
-    sender.close()
-    assert not named(sender)
-    with pytest.raises(PeerError, match="no slot"):
-        sender.slot(0)
+def test_every_grant_has_a_stamp_of_its_own() -> None:
+    region = HostRegion(2, 64)
+    first = region.grant()
+    assert first is not None
+    reader = SharedMemory(region).open(SharedMemory(region).setup())
+    region.view(first).fill_(9)
+    fetch = reader.fetch(first, 64, 0)
+    data = fetch.arrived()
+    assert data is not None
+    assert data.tolist() == [9] * 64
+    assert fetch.intact()
+    region.give(first)
+    assert fetch.intact(), "nobody has written there since"
+    second = region.grant()
+    assert second == Grant(first.index, first.stamp + 1)
+    assert not fetch.intact()
+
+
+def test_one_process_reads_anothers_memory_until_that_is_granted_again() -> None:
+    with another_process(SOURCE) as child:
+        setup, index, stamp = child.stdout.readline().split()
+        reader = SharedMemory(None).open(bytes.fromhex(setup))
+        fetch = reader.fetch(Grant(int(index), int(stamp)), 1 << 20, 0)
+        data = fetch.arrived()
+        assert data is not None
+        assert int(data.sum()) == 7 << 20
+        child.stdin.write("again\n")
+        child.stdin.flush()
+        assert child.stdout.readline()
+        assert not fetch.intact()
+        child.kill()
+        child.wait()
+        assert int(data.sum()) == 7 << 20, "what is mapped outlives its process"
+        with pytest.raises(PeerError, match="not reachable"):
+            SharedMemory(None).open(bytes.fromhex(setup))
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("star-")]
+
+
+def test_what_was_corrupted_is_not_taken() -> None:
+    region = HostRegion(1, 64)
+    transport = SharedMemory(region)
+    grant = region.grant()
+    assert grant is not None
+    region.view(grant).fill_(1)
+    right = region.checksum(grant, 64)
+    assert right == checksum(region.view(grant))
+    reader = transport.open(transport.setup())
+    assert reader.fetch(grant, 64, right).arrived() is not None
+    region.view(grant)[3] = 2
+    with pytest.raises(PeerError, match="corrupted"):
+        reader.fetch(grant, 64, right).arrived()
+
+
+def test_what_nobody_wants_any_more_fails() -> None:
+    region = HostRegion(1, 64)
+    transport = SharedMemory(region)
+    fetch = transport.open(transport.setup()).fetch(Grant(0, 1), 64, 0)
+    fetch.cancel()
+    with pytest.raises(PeerError, match="nobody wants"):
+        fetch.arrived()
+
+
+@pytest.mark.parametrize(("index", "size"), [(-1, 8), (2, 8), (0, 65), (0, 0)])
+def test_there_is_no_slot_beyond_the_last(index: int, size: int) -> None:
+    region = HostRegion(2, 64)
+    transport = SharedMemory(region)
+    with pytest.raises(PeerError, match="no "):
+        transport.open(transport.setup()).fetch(Grant(index, 1), size, 0)
+
+
+def of(region: HostRegion, **other: Any) -> bytes:
+    setup = msgspec.msgpack.decode(SharedMemory(region).setup(), type=Setup)
+    return msgspec.msgpack.encode(msgspec.structs.replace(setup, **other))
 
 
 @pytest.mark.parametrize(
-    "setup",
+    "other",
     [
-        b"noise",
-        msgspec.msgpack.encode(["../etc/passwd", 1, 64]),
-        msgspec.msgpack.encode(["star-kv-" + "0" * 16, 1, 64]),
-        msgspec.msgpack.encode(["star-kv-" + "0" * 16, -1, 64]),
-        msgspec.msgpack.encode(["star-kv-" + "0" * 16 + "/../x", 1, 64]),
+        {"token": "0" * 16},
+        {"token": "../../etc/passwd"},
+        {"process": 1},
+        {"process": -1},
+        {"descriptor": 0},
+        {"descriptor": -1},
+        {"slots": 0},
+        {"slots": 3},
+        {"slot_bytes": -64},
+        {"slots": 1 << 40},
     ],
 )
-def test_a_setup_that_is_not_ours_is_refused(setup: bytes) -> None:
+def test_a_setup_that_is_not_ours_is_refused(other: dict[str, Any]) -> None:
+    region = HostRegion(2, 64)
     with pytest.raises(PeerError):
-        SharedMemoryCarrier.receive(setup)
+        SharedMemory(None).open(of(region, **other))
+    with pytest.raises(PeerError):
+        SharedMemory(None).open(b"noise")
 
 
-def test_a_segment_of_another_size_is_refused() -> None:
-    sender = SharedMemoryCarrier.send(2, 64)
-    name, slots, size = msgspec.msgpack.decode(sender.setup)
-    with pytest.raises(PeerError, match="another size"):
-        SharedMemoryCarrier.receive(msgspec.msgpack.encode([name, slots + 1, size]))
-    sender.close()
+def test_staging_larger_than_memory_is_refused_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
+    with pytest.raises(PeerError, match="1 MB are available") as caught:
+        HostRegion(2, 1 << 20)
+    assert "--star-staging-mb" in caught.value.hint
+    with pytest.raises(PeerError):
+        SharedMemory(None).setup()
 
 
-def test_an_unknown_carrier_is_named() -> None:
-    with pytest.raises(PeerError, match="pigeon"):
-        carrier("pigeon")
+def test_a_region_is_no_larger_than_its_pool_and_a_slot_holds_a_page() -> None:
+    config = StarConfig(predictor="off", staging_mb=128.0, max_moves=4)
+    slots, size = slot_shape(config, 57_344, 10 << 30)
+    assert slots == 16
+    assert 7_000_000 < size <= 8_000_000
+    assert slot_shape(config, 512, 1 << 20) == (16, 1 << 16)
+    assert slot_shape(config, 1 << 26, 1 << 40)[1] == 1 << 26
+    huge = StarConfig(predictor="off", staging_mb=10_000.0)
+    assert slot_shape(huge, 57_344, 1 << 40)[1] <= MAX_SLOT

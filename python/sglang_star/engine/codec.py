@@ -148,18 +148,20 @@ def encode_details(req: Req, start: int, end: int) -> bytes:
     )
 
 
-def append_details(req: Req, data: bytes) -> None:
-    """Append what :func:`encode_details` took, at home.
+def append_details(req: Req, data: bytes, tokens: int) -> None:
+    """Append what :func:`encode_details` took of so many tokens, at home.
 
     Raises:
-        MalformedMessage: not such bytes.
+        MalformedMessage: not such bytes, or of another number of tokens.
     """
-    if not data or not req.return_logprob:
+    if not req.return_logprob:
         return
     try:
         details = _details_decoder.decode(data)
     except msgspec.MsgspecError as error:
         raise MalformedMessage(f"not token details: {error}") from error
+    if len(details.values) != tokens or len(details.indices) != tokens:
+        raise MalformedMessage(f"details of {len(details.values)} tokens, not of {tokens}")
     log = req.logprob
     log.output_token_logprobs_val.extend(details.values)
     log.output_token_logprobs_idx.extend(details.indices)

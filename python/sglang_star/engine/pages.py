@@ -5,6 +5,8 @@ Everything here happens between decode steps, on the scheduler thread.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from sgl_kernel_ext import as_token_rows, gather_kv, scatter_kv
+from sglang_star.engine.copies import Begun, Lane
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -22,7 +25,7 @@ class KvPages:
     """KV memory of one scheduler.
 
     Attributes:
-        page_size: tokens per KV page.
+        page_size: tokens per KV page; device: where it is.
         token_bytes: bytes of KV per token over all layers.
         layout: what must be equal between two instances for their KV to be interchangeable.
         unsupported: why KV of this pool cannot move; empty if it can.
@@ -37,6 +40,8 @@ class KvPages:
         buffers = _buffers(pool)
         self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
         self._rows = [as_token_rows(buffer) for buffer in buffers]
+        self.device = buffers[0].device if buffers else torch.device("cpu")
+        self._lane = Lane(self.device)
         self.token_bytes = sum(int(row.shape[1]) for row in self._rows)
         self.layout = [
             f"{type(pool).__name__}",
@@ -55,13 +60,50 @@ class KvPages:
         """Tokens that could be allocated now, evicting cached prefixes if need be."""
         return int(self._allocator.available_size()) + int(self._tree.evictable_size())
 
-    def gather(self, req: Req, start: int, end: int, out: torch.Tensor) -> None:
-        """Copy KV of positions ``[start, end)`` into ``out`` (uint8)."""
-        gather_kv(self._rows, self._slots(req, start, end), out)
+    def gather(self, req: Req, start: int, end: int, out: torch.Tensor) -> Begun:
+        """Begin to copy KV of positions ``[start, end)`` into ``out``.
 
-    def scatter(self, req: Req, start: int, end: int, source: torch.Tensor) -> None:
-        """Copy ``source`` into KV of positions ``[start, end)``."""
-        scatter_kv(self._rows, self._slots(req, start, end), source)
+        Args:
+            req: holds them.
+            start: first position.
+            end: behind the last.
+            out: uint8 ``[>= (end - start) * token_bytes]``, on the pool's device or the host; there
+                it should be pinned.
+        """
+        slots, size = self._slots(req, start, end), (end - start) * self.token_bytes
+
+        def work() -> None:
+            if out.device == self.device:
+                gather_kv(self._rows, slots, out)
+                return
+            # Over the bus in one piece, and not buffer by buffer.
+            dense = torch.empty(size, dtype=torch.uint8, device=self.device)
+            gather_kv(self._rows, slots, dense)
+            out[:size].copy_(dense, non_blocking=True)
+
+        return self._lane.run(work)
+
+    def scatter(
+        self, req: Req, start: int, end: int, after: Iterable[Any] = ()
+    ) -> Callable[[torch.Tensor], Begun]:
+        """Prepare to copy KV into positions ``[start, end)``, wherever the request is by then.
+
+        Returns:
+            What begins the copy; it takes the bytes, uint8 ``[(end - start) * token_bytes]``. The
+            copy follows all that the streams ``after`` were given by then.
+        """
+        slots = self._slots(req, start, end)
+
+        def begin(source: torch.Tensor) -> Begun:
+            def work() -> None:
+                dense = source
+                if dense.device != self.device:
+                    dense = dense.to(self.device, non_blocking=True)
+                scatter_kv(self._rows, slots, dense)
+
+            return self._lane.run(work, after)
+
+        return begin
 
     def reserve_row(self, req: Req) -> bool:
         """Give the request a row of the request table; False if none is free."""
@@ -95,6 +137,13 @@ class KvPages:
             # Nothing of it is committed output; SGLang frees by committed length.
             req.kv.kv_committed_len = req.kv.kv_allocated_len
         release_kv_cache(req, self._tree, checkpoint=keep_prefix)
+
+    def detach(self, req: Req) -> Req:
+        """Take what the request holds from it; released with what is returned."""
+        holder = copy.copy(req)
+        holder.kv = req.detach_kv()
+        req.lock = None
+        return holder
 
     def bind_to_root(self, req: Req) -> None:
         """Make the request own its whole row, sharing no cached prefix."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,12 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_serving
 
 from sglang_star.engine import batch, codec, replay
+from sglang_star.engine.bounds import Bounds
+from sglang_star.engine.copies import Unloading
 from sglang_star.engine.pages import KvPages
-from sglang_star.errors import OrderRefused
+from sglang_star.engine.tickets import Tickets
+from sglang_star.errors import MalformedMessage, OrderRefused
+from sglang_star.migration.transport.base import Fetch
 from sglang_star.predictor.state import export_state, import_state
 from sglang_star.star_request import star_of
 
@@ -35,6 +39,10 @@ class SglangEngine:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._outputs: dict[str, array[int]] = {}
+        model = scheduler.model_config
+        self._bounds = Bounds(model.vocab_size, model.context_len)
+        self._tickets = Tickets()
+        self._draining: list[tuple[Collection[int], Req]] = []
         self.pages = KvPages(scheduler)
         self.unsupported = self.pages.unsupported
         self.page_size = self.pages.page_size
@@ -137,19 +145,51 @@ class SglangEngine:
         """See :class:`Engine`."""
         return tuple(star_of(req).penalty_log or ()), export_state(req)
 
-    def gather(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
+    def gather(self, req: Req, start: int, end: int, slot: torch.Tensor) -> int:
         """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
-        self.pages.gather(req, start, end, slot)
+        # Written by steps whose results are in: there is nothing to wait for.
+        return self._tickets.begin(self.pages.gather(req, start, end, slot))
 
-    def release(self, req: Req, *, keep_prefix: bool) -> None:
+    def release(self, req: Req, *, keep_prefix: bool, after: Collection[int] = ()) -> None:
         """See :class:`Engine`."""
-        self.pages.release(req, keep_prefix=keep_prefix)
+        if all(map(self.copied, after)):
+            self.pages.release(req, keep_prefix=keep_prefix)
+        elif req.kv.holds_kv:
+            self._draining.append((after, self.pages.detach(req)))
+
+    # ------------------------------------------------------------------ copies
+
+    def poll(self) -> None:
+        """See :class:`Engine`."""
+        if self._tickets:
+            self._tickets.poll()
+        if self._draining:
+            waiting, self._draining = self._draining, []
+            for after, holder in waiting:
+                if all(map(self.copied, after)):
+                    self.pages.release(holder, keep_prefix=False)
+                else:
+                    self._draining.append((after, holder))
+
+    def copied(self, ticket: int) -> bool:
+        """See :class:`Engine`."""
+        return self._tickets.is_over(ticket)
+
+    def failure(self, ticket: int) -> str:
+        """See :class:`Engine`."""
+        return self._tickets.failure(ticket)
+
+    def draining(self) -> bool:
+        """See :class:`Engine`."""
+        return bool(self._draining)
 
     # ------------------------------------------------------------------ arriving
 
     def rebuild(self, message: bytes, prompt: bytes, rid: str) -> None:
         """See :class:`Engine`: SGLang is given it as if a client of its own had sent it."""
         request, output = codec.decode_request(message, prompt, rid)
+        self._bounds.check(request.input_ids)
+        self._bounds.check(output, beside=len(request.input_ids))
         # It is seated now, or when its grammar is compiled, or, if nobody wants it then, never.
         self._outputs = {r: o for r, o in self._outputs.items() if self.compiles(r)}
         self._outputs[rid] = output
@@ -168,6 +208,9 @@ class SglangEngine:
 
     def seat(self, req: Req, max_new_tokens: int) -> bool:
         """See :class:`Engine`."""
+        if max_new_tokens < 1:
+            raise MalformedMessage(f"a request with room for {max_new_tokens} tokens")
+        self._bounds.check_length(len(req.origin_input_ids) + max_new_tokens)
         if not self.pages.reserve_row(req):
             return False
         self.pages.bind_to_root(req)
@@ -186,18 +229,19 @@ class SglangEngine:
         replay.follow(req, length)
         return True
 
-    def scatter(self, req: Req, start: int, end: int, slot: torch.Tensor) -> None:
-        """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
-        if (end - start) * self.token_bytes > slot.numel():
-            raise OrderRefused("a slot cannot hold that many tokens")
-        scheduler = self._scheduler
-        if scheduler.enable_overlap:
-            # A finished request's redundant last step may still write slots we just got.
-            scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
-        self.pages.scatter(req, start, end, slot)
+    def scatter(self, req: Req, start: int, end: int, fetch: Fetch) -> int:
+        """See :class:`Engine`."""
+        # A finished request's redundant last step may still write pages we just got.
+        after = [self._scheduler.forward_stream] if self._scheduler.enable_overlap else []
+        return self._tickets.begin(
+            Unloading(fetch, self.pages.scatter(req, start, end, after=after))
+        )
 
     def adopt(self, req: Req, output_ids: Sequence[int]) -> None:
         """See :class:`Engine`."""
+        self._bounds.check(output_ids, beside=len(req.origin_input_ids))
+        if len(output_ids) >= req.sampling_params.max_new_tokens:
+            raise MalformedMessage("the output that was committed is over")
         replay.finish(req, output_ids)
         req.output_ids = array("q", output_ids)
 
@@ -205,8 +249,9 @@ class SglangEngine:
         """See :class:`Engine`."""
         if not batch.completed_tokens(req) == length == req.kv.kv_allocated_len:
             raise OrderRefused("the committed length does not match the KV received")
-        req.kv.kv_committed_len = length
+        self._bounds.check(penalty_log)
         import_state(req, predictor)
+        req.kv.kv_committed_len = length
         batch.unpark(self._scheduler, req, penalty_log)
 
     # ------------------------------------------------------------------ the client's stream
@@ -214,7 +259,8 @@ class SglangEngine:
     def append(self, req: Req, tokens: Sequence[int], details: bytes) -> None:
         """See :class:`Engine`."""
         processor = self._scheduler.batch_result_processor
-        codec.append_details(req, details)
+        self._bounds.check(tokens, beside=int(req.seqlen))
+        codec.append_details(req, details, len(tokens))
         for token in tokens:
             req.output_ids.append(token)
             req.time_stats.set_last_decode_finish_time()

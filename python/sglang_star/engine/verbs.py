@@ -3,12 +3,21 @@
 :class:`~sglang_star.engine.real.SglangEngine` is the engine that serves; the simulation has one of
 its own. All verbs are called between two decode steps, on the scheduler's thread, unless they say
 otherwise; none of them waits.
+
+A copy of KV is begun by one verb and is over later. It has a *ticket*, a number: 1, 2, 3 ... in
+the order in which copies are begun here. Whether the copy of a ticket is over is looked up once per
+step boundary (:meth:`Engine.poll`) and does not change until the next; one that was over when its
+verb returned may be known to be at once. Copies need not be over in the order of their tickets: a
+peer that is slow to be read holds up nobody else's. What went wrong with a copy is said of its
+ticket and not raised, so that several ranks can agree on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Collection, MutableSequence, Sequence
 from typing import Any, Protocol
+
+from sglang_star.migration.transport.base import Fetch
 
 
 class Request(Protocol):
@@ -111,11 +120,35 @@ class Engine(Protocol):
     def state(self, req: Request) -> tuple[tuple[int, ...], bytes]:
         """What :meth:`join` needs: accumulated penalties, and what the predictor remembers."""
 
-    def gather(self, req: Request, start: int, end: int, slot: Any) -> None:
-        """Copy KV of positions ``[start, end)`` into a carrier's slot."""
+    def gather(self, req: Request, start: int, end: int, slot: Any) -> int:
+        """Begin to copy KV of positions ``[start, end)`` into a slot's memory; the ticket of that.
 
-    def release(self, req: Request, *, keep_prefix: bool) -> None:
-        """Give back its slot and KV; ``keep_prefix`` leaves the KV in the prefix cache."""
+        The slot must stay until the copy is over. The request need not: what is read of pages that
+        were given away meanwhile is not KV any more, and nobody may be told of it.
+        """
+
+    def release(self, req: Request, *, keep_prefix: bool, after: Collection[int] = ()) -> None:
+        """Give back its slot and KV; ``keep_prefix`` leaves the KV in the prefix cache.
+
+        Args:
+            req: holds none of it any more when this returns.
+            keep_prefix: only of KV that is complete.
+            after: tickets; what is here is given back only once all these copies are over.
+        """
+
+    # ------------------------------------------------------------------ copies
+
+    def poll(self) -> None:
+        """A step boundary has come: see which copies are over, and give back what waited for it."""
+
+    def copied(self, ticket: int) -> bool:
+        """Whether that copy is over, in whatever way."""
+
+    def failure(self, ticket: int) -> str:
+        """Why a copy that is over did not succeed; empty if it did."""
+
+    def draining(self) -> bool:
+        """Whether KV that was released waits for a copy into it."""
 
     # ------------------------------------------------------------------ arriving
 
@@ -126,7 +159,7 @@ class Engine(Protocol):
         never, if it does not accept such a request.
 
         Raises:
-            MalformedMessage: the bytes are not such a message.
+            MalformedMessage: the bytes are not such a message, or name no tokens of this model.
         """
 
     def compiles(self, rid: str) -> bool:
@@ -136,7 +169,11 @@ class Engine(Protocol):
         """Why a request that was just rebuilt ended at once; empty if it did not."""
 
     def seat(self, req: Request, max_new_tokens: int) -> bool:
-        """Give a request without KV a slot of its own; False if none is free."""
+        """Give a request without KV a slot of its own; False if none is free.
+
+        Raises:
+            MalformedMessage: there can be no such limit.
+        """
 
     def held(self, req: Request) -> int:
         """Positions it has KV memory for."""
@@ -150,11 +187,11 @@ class Engine(Protocol):
             OrderRefused: its grammar does not accept that.
         """
 
-    def scatter(self, req: Request, start: int, end: int, slot: Any) -> None:
-        """Copy a carrier's slot into KV of positions ``[start, end)``.
+    def scatter(self, req: Request, start: int, end: int, fetch: Fetch) -> int:
+        """Begin to copy what is fetched into KV of positions ``[start, end)``; its ticket.
 
-        Raises:
-            OrderRefused: the slot does not hold that many.
+        What is there may be used, and given back, only once the copy is over, and the fetch is
+        closed by then. A fetch that fails, or was not intact, is a copy that failed.
         """
 
     def adopt(self, req: Request, output_ids: Sequence[int]) -> None:
@@ -162,6 +199,7 @@ class Engine(Protocol):
 
         Raises:
             OrderRefused: its grammar does not accept it.
+            MalformedMessage: it is no output that such a request could have and go on.
         """
 
     def join(self, req: Request, length: int, penalty_log: Sequence[int], predictor: bytes) -> None:
@@ -169,7 +207,8 @@ class Engine(Protocol):
 
         Raises:
             OrderRefused: ``length`` is not the positions it must have, or has.
-            MalformedMessage: what the predictor remembers does not decode.
+            MalformedMessage: penalties are of no tokens of this model, or what the predictor
+                remembers does not decode.
         """
 
     # ------------------------------------------------------------------ the client's stream
@@ -180,7 +219,8 @@ class Engine(Protocol):
         May be called while a step runs.
 
         Raises:
-            MalformedMessage: ``details`` are not what :meth:`details` gave.
+            MalformedMessage: these are no tokens of this model, or ``details`` not what
+                :meth:`details` gave of them.
         """
 
     def end(self, req: Request, reason: dict[str, Any] | None = None) -> None:

@@ -1,56 +1,117 @@
-"""What a move carries: KV into the carrier's slots piece by piece, and at the end the state."""
+"""What a move carries: KV into slots of staging memory, piece by piece; at the end the state."""
 
 from __future__ import annotations
 
+from typing import Final
+
+from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine
+from sglang_star.errors import PeerError
 from sglang_star.migration.outgoing import Outgoing
+from sglang_star.migration.piece import Loaded
 from sglang_star.migration.post import Post
+from sglang_star.migration.precopy import Sizes
 from sglang_star.migration.states import SendingEvent
+from sglang_star.migration.transport.base import Region
 from sglang_star.protocol import Commit, MoveMessage, PagesReady, Parked
+
+MAX_TOKENS: Final = 1024
+"""Positions that a piece has at most: the grammar of a guest follows it in one step."""
 
 
 class Cargo:
     """Loads the outgoing moves of this instance."""
 
-    def __init__(self, engine: Engine, post: Post) -> None:
+    def __init__(self, engine: Engine, post: Post, config: StarConfig) -> None:
         self._engine = engine
         self._post = post
+        self._config = config
         # No more than this is a last bit, not worth another step of waiting.
         self._small = max(engine.page_size, 2)
 
-    def load(self, move: Outgoing, budget: int) -> int:
-        """Gather what is complete into free slots and return how many tokens that were.
+    def load(self, move: Outgoing, budget: int, sizes: Sizes) -> int:
+        """Begin to gather what is complete into free slots; return how many bytes that were.
 
-        At most ``budget`` tokens, to the end of a slot; the last bit of a request that is out of
+        At most ``budget`` bytes, to the end of a piece; the last bit of a request that is out of
         the batch goes in any case, since its client waits for it.
+
+        Raises:
+            PeerError: a slot cannot hold a page.
         """
+        region = move.region
+        assert region is not None, "pages go before the target has chosen a transport"
         ready = self._ready(move)
         loaded = 0
-        while move.free_slots and move.sent < ready:
+        while move.on_their_way < sizes.pieces and move.sent < ready:
             last_bit = move.off_batch and ready - move.sent <= self._small
-            if loaded >= budget and not last_bit:
+            if (loaded >= budget or move.ahead >= sizes.ahead) and not last_bit:
                 break
-            end = min(ready, move.sent + move.slot_tokens)
-            loaded += end - move.sent
-            slot = move.free_slots.pop()
-            move.filled[slot] = end
-            self._engine.gather(move.req, move.sent, end, move.carrier.slot(slot))
-            self._send(PagesReady(route=move.route, start=move.sent, end=end, slot=slot), move)
+            end = min(ready, move.sent + self._piece(region, sizes.piece))
+            if (grant := region.grant()) is None:
+                break
+            loaded += (end - move.sent) * move.token_bytes
+            ticket = self._engine.gather(move.req, move.sent, end, region.view(grant))
+            move.loading.append(Loaded(ticket, move.sent, end, region, grant))
             move.sent = end
         return loaded
+
+    def announce(self, move: Outgoing) -> None:
+        """Tell the target of what has come to lie in its slot.
+
+        Raises:
+            PeerError: something could not be copied there.
+        """
+        while move.loading and self._engine.copied(move.loading[0].ticket):
+            piece = move.loading[0]
+            if why := self._engine.failure(piece.ticket):
+                raise PeerError(why)
+            del move.loading[0]
+            move.filled[piece.grant.stamp] = piece
+            size = (piece.end - piece.start) * move.token_bytes
+            self._send(
+                PagesReady(
+                    route=move.route,
+                    start=piece.start,
+                    end=piece.end,
+                    slot=piece.grant.index,
+                    stamp=piece.grant.stamp,
+                    checksum=(
+                        piece.region.checksum(piece.grant, size) if self._config.checksum else 0
+                    ),
+                ),
+                move,
+            )
+
+    def _piece(self, region: Region, wanted: int) -> int:
+        """Positions that one piece has at most: whole pages, in a slot and within a step's budget.
+
+        ``wanted`` is in bytes; it has a page at least.
+
+        Raises:
+            PeerError: not even one page.
+        """
+        page = self._engine.page_size
+        page_bytes = page * self._engine.token_bytes
+        if region.slot_bytes < page_bytes:
+            raise PeerError(
+                f"a KV page of {page_bytes} bytes does not fit a slot of {region.slot_bytes}",
+                hint="raise --star-staging-mb",
+            )
+        budget = min(region.slot_bytes, self._config.copy_bytes_per_step, wanted)
+        return max(1, min(budget // page_bytes, MAX_TOKENS // page)) * page
 
     def nearly_all(self, move: Outgoing) -> bool:
         """Whether what the request decodes is all that is left to gather."""
         return self._ready(move) - move.sent < self._small
 
     def seal(self, move: Outgoing) -> None:
-        """Of a parked request: announce the commit, and send it once all KV is gathered."""
+        """Of a parked request: announce the commit, and send it once all KV was announced."""
         req = move.req
         length = self._engine.written(req)
         if length - move.sent <= self._small and not move.announced:
             move.announced = True
             self._send(Parked(route=move.route, step_ms=move.step_ms), move)
-        if move.sent < length or not self._engine.is_settled(req):
+        if move.sent < length or move.loading or not self._engine.is_settled(req):
             return
         move.machine.fire(SendingEvent.COMMIT)
         penalty_log, predictor = self._engine.state(req)

@@ -43,6 +43,8 @@ class Shadow:
         confirmed_at: when the host last said that it holds the stream.
         early: chunks that overtook another host's last ones, by index; gap_since: when the first
             of them came.
+        strange_since: when the first token came of an epoch that is not its client's, if none of
+            its own came after it.
     """
 
     req: Request
@@ -53,6 +55,7 @@ class Shadow:
     base: int
     early: dict[int, TokenChunk] = field(default_factory=dict)
     gap_since: float = 0.0
+    strange_since: float | None = None
     machine: Machine[Lent, LentEvent] = field(default_factory=lent)
 
 
@@ -140,7 +143,10 @@ class Home:
         if chunk.migration_id != shadow.migration_id and (
             chunk.finished or chunk.index + len(chunk.token_ids) > shadow.base
         ):
-            return  # of a host that has given the stream away, or that we do not know of
+            # Of a host that has given the stream away, or that we do not know of.
+            if shadow.strange_since is None:
+                shadow.strange_since = self._engine.now()
+            return
         have = len(shadow.req.output_ids)
         if chunk.index > have:
             self._keep(shadow, chunk)
@@ -151,6 +157,7 @@ class Home:
             return
         self._append(shadow, chunk)
         shadow.gap_since = self._engine.now()
+        shadow.strange_since = None
         following = shadow.early.pop(len(shadow.req.output_ids), None)
         if following is not None:
             self.on_chunk(following)
@@ -207,6 +214,8 @@ class Home:
         for shadow in [s for s in self.shadows.values() if s.host == peer]:
             if shadow.early and now - shadow.gap_since > self._timeout_s:
                 self.reclaim(shadow, "tokens of it were lost on their way")
+            elif shadow.strange_since and now - shadow.strange_since > self._timeout_s:
+                self.reclaim(shadow, "its host decodes it under another epoch")
             elif shadow.stream_id in live:
                 shadow.confirmed_at = now
             elif now - shadow.confirmed_at > self._timeout_s:
@@ -256,6 +265,10 @@ class Home:
         self._log.arrived(req, message.migration_id, message.host.instance_id, message.facts)
 
 
+_REASON = {"message": str, "status_code": int, "err_type": str}
+"""What of a reason is told to clients, and its type."""
+
+
 def _reason(finished: bytes) -> dict[str, Any] | None:
     """Why a host says that the output is over; None while it goes on.
 
@@ -268,6 +281,8 @@ def _reason(finished: bytes) -> dict[str, Any] | None:
         reason = orjson.loads(finished)
     except orjson.JSONDecodeError as error:
         raise MalformedMessage(f"not a finish reason: {error}") from error
-    if not isinstance(reason, dict):
+    if not isinstance(reason, dict) or not all(
+        isinstance(reason.get(name), kind | None) for name, kind in _REASON.items()
+    ):
         raise MalformedMessage("not a finish reason")
     return reason

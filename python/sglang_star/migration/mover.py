@@ -22,6 +22,7 @@ from sglang_star.migration.post import PeerLost, Post
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.sender import Sender
 from sglang_star.migration.target import Target
+from sglang_star.migration.transport.choice import Transports
 from sglang_star.protocol import (
     Commit,
     Heartbeat,
@@ -56,16 +57,22 @@ class Mover:
     """
 
     def __init__(
-        self, engine: Engine, post: Post, config: StarConfig, fingerprint: str, faults: Faults
+        self,
+        engine: Engine,
+        post: Post,
+        config: StarConfig,
+        fingerprint: str,
+        faults: Faults,
+        transports: Transports,
     ) -> None:
         timeout_s = config.peer_timeout_s
         self.log = MoveLog(engine)
         self.armed = ArmedOrders()
         self.home = Home(engine, post, self.log, self._over, timeout_s=timeout_s)
         self.host = Host(engine, post, timeout_s=timeout_s)
-        self.target = Target(engine, post, self.home, self.host, config, fingerprint)
+        self.target = Target(engine, post, self.home, self.host, config, fingerprint, transports)
         self.sender = Sender(
-            engine, post, self.home, self.log, config, fingerprint, self.host.moved_on
+            engine, post, self.home, self.log, config, fingerprint, self.host.moved_on, transports
         )
         self._engine = engine
         self._post = post
@@ -88,9 +95,20 @@ class Mover:
         else:
             self._take(item)  # about no move in particular
 
+    def poll(self) -> None:
+        """The engine has come to a step boundary; to be called first of all there."""
+        self._engine.poll()
+        self.target.poll()
+
+    def arrive(self) -> None:
+        """Still at that boundary, but later: insert what has come completely by now."""
+        self._engine.poll()
+        if self.target.moves:
+            self.target.step(self._faults)
+
     def step(self) -> None:
         """Advance what is under way; the engine is between two steps."""
-        if self.sender.moves:
+        if self.sender.busy:
             self.sender.step(self._faults)
         if self.target.moves:
             self.target.step(self._faults)
@@ -120,7 +138,11 @@ class Mover:
     @property
     def holds_kv_off_batch(self) -> bool:
         """Whether KV is held that the engine's accounting does not see."""
-        return bool(self.target.moves) or any(move.off_batch for move in self.sender.moves.values())
+        return (
+            bool(self.target.moves)
+            or self._engine.draining()
+            or any(move.off_batch for move in self.sender.moves.values())
+        )
 
     # ------------------------------------------------------------------ what the engine tells
 

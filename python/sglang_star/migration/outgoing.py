@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from sglang_star.engine.verbs import Engine, Request
+from sglang_star.migration.piece import Loaded
 from sglang_star.migration.states import OFF_BATCH, Machine, Sending, SendingEvent, sending
-from sglang_star.migration.transport.base import Carrier
-from sglang_star.protocol import MoveFacts, MoveReport, Peer, Reserve, Route
+from sglang_star.migration.transport.base import Region
+from sglang_star.protocol import MoveFacts, MoveReport, Offer, Peer, Reserve, Route
 from sglang_star.star_request import star_of
 
-SLOT_BYTES = 16 << 20
 SLOTS = 4
-"""Pieces of a carrier: one is filled while others are on their way or being emptied."""
+"""Pieces of a move on their way at once: one is filled while others are being emptied."""
 
 
 @dataclass(slots=True)
@@ -21,9 +22,11 @@ class Outgoing:
 
     Attributes:
         source: this instance; home: whose stream it is, ourselves unless the request is a guest.
-        slot_tokens: KV positions that a slot holds; token_bytes: size of one.
-        free_slots: those the target does not read any more; filled: of the others, the position
-            at which what they hold ends.
+        region: where its pieces lie for the target; None until that has chosen a transport.
+        transport: its name; transport_reason: why that one.
+        token_bytes: size of one KV position.
+        loading: pieces that are being copied, oldest first; filled: those that the target has
+            been told of and still reads, by stamp.
         sent: KV positions gathered so far; precopied: of these, before parking.
         deadline: monotonic seconds; started_at: seconds since the epoch.
         hold_at: output tokens at which the request leaves the batch whatever was copied by then;
@@ -39,8 +42,6 @@ class Outgoing:
     home: Peer
     target: Peer
     reason: str
-    carrier: Carrier
-    slot_tokens: int
     token_bytes: int
     step_ms: float
     deadline: float
@@ -48,8 +49,11 @@ class Outgoing:
     hold_at: int | None = None
     announced: bool = False
     machine: Machine[Sending, SendingEvent] = field(default_factory=sending)
-    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
-    filled: dict[int, int] = field(default_factory=dict)
+    region: Region | None = None
+    transport: str = ""
+    transport_reason: str = ""
+    loading: deque[Loaded] = field(default_factory=deque)
+    filled: dict[int, Loaded] = field(default_factory=dict)
     sent: int = 0
     precopied: int = 0
 
@@ -57,6 +61,17 @@ class Outgoing:
     def off_batch(self) -> bool:
         """Whether the request is out of the running batch, with its KV still held here."""
         return self.machine.state in OFF_BATCH
+
+    @property
+    def on_their_way(self) -> int:
+        """Pieces that the target does not have yet."""
+        return len(self.loading) + len(self.filled)
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of these."""
+        pieces = (*self.loading, *self.filled.values())
+        return sum(piece.end - piece.start for piece in pieces) * self.token_bytes
 
     @property
     def held(self) -> bool:
@@ -82,6 +97,8 @@ class Outgoing:
             transport_bytes=self.sent * self.token_bytes,
             step_ms=self.step_ms,
             started_at=self.started_at,
+            transport=self.transport,
+            transport_reason=self.transport_reason,
         )
 
     def failed(self, outcome: str, detail: str, context_tokens: int, now: float) -> MoveReport:
@@ -99,22 +116,18 @@ class Outgoing:
             output_tokens=len(self.req.output_ids),
             step_ms=self.step_ms,
             transport_bytes=self.sent * self.token_bytes,
+            transport=self.transport,
+            transport_reason=self.transport_reason,
             started_at=self.started_at,
             finished_at=now,
         )
-
-
-def slot_size(engine: Engine, copy_tokens: int) -> int:
-    """KV positions of one slot: whole pages of what is copied in one step, within its bytes."""
-    tokens = min(copy_tokens, max(SLOT_BYTES // engine.token_bytes, 1))
-    return max(engine.page_size, tokens // engine.page_size * engine.page_size)
 
 
 def reservation(
     engine: Engine,
     move: Outgoing,
     described: tuple[bytes, bytes],
-    transport: str,
+    offers: tuple[Offer, ...],
     fingerprint: str,
 ) -> Reserve:
     """What a target is asked with, and all it needs to make the same request.
@@ -135,6 +148,5 @@ def reservation(
         max_new_tokens=engine.max_new_tokens(move.req),
         moves=star_of(move.req).moves,
         reason=move.reason,
-        transport=transport,
-        transport_setup=move.carrier.setup,
+        offers=offers,
     )

@@ -87,6 +87,8 @@ class MoveLog:
                     stall_steps=stall_ms / facts.step_ms if facts.step_ms else 0.0,
                     step_ms=facts.step_ms,
                     transport_bytes=facts.transport_bytes,
+                    transport=facts.transport,
+                    transport_reason=facts.transport_reason,
                     started_at=facts.started_at,
                     finished_at=self._engine.wall(),
                 )

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING
 
 from sglang_star.config import StarConfig
 from sglang_star.engine.verbs import Engine, Request
-from sglang_star.errors import OrderRefused, PeerError
+from sglang_star.errors import NoTransport, OrderRefused, PeerError
 from sglang_star.faults import Faults
 from sglang_star.migration.cargo import Cargo
 from sglang_star.migration.home import Home
 from sglang_star.migration.movable import check
-from sglang_star.migration.outgoing import SLOTS, Outgoing, reservation, slot_size
+from sglang_star.migration.outgoing import Outgoing, reservation
+from sglang_star.migration.pace import Pace
+from sglang_star.migration.piece import Loaded
 from sglang_star.migration.post import Post
+from sglang_star.migration.precopy import Precopy
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Sending, SendingEvent
-from sglang_star.migration.transport import carrier as carrier_named
+from sglang_star.migration.transport.choice import Transports
 from sglang_star.protocol import (
     Inserted,
     MoveMessage,
@@ -58,6 +61,7 @@ class Sender:
         config: StarConfig,
         fingerprint: str,
         moved_on: Callable[[str], None],
+        transports: Transports,
     ) -> None:
         self.moves: dict[str, Outgoing] = {}
         self._engine = engine
@@ -68,7 +72,12 @@ class Sender:
         self._fingerprint = fingerprint
         self._moved_on = moved_on
         self._streams = 0
-        self._cargo = Cargo(engine, post)
+        self._transports = transports
+        # Of moves that are over: pieces that are still being copied into their slots.
+        self._draining: list[Loaded] = []
+        self._cargo = Cargo(engine, post, config)
+        self._precopy = Precopy(config)
+        self._pace = Pace(config.copy_bytes_per_step, config.copy_bytes_per_s)
 
     # ------------------------------------------------------------------ orders
 
@@ -112,15 +121,9 @@ class Sender:
                 f"{len(self.moves)} moves are under way from here, the most allowed",
                 hint="retry later, or raise --star-max-moves",
             )
-        # Before anything is opened: a request that cannot be described leaves nothing behind.
+        self._check_way(req, target, step_ms, hold_after)
         described = self._engine.describe(req)
-        slot_tokens = slot_size(self._engine, self._config.copy_tokens_per_step)
-        try:
-            carrier = carrier_named(self._config.transport).send(
-                SLOTS, slot_tokens * self._engine.token_bytes
-            )
-        except PeerError as error:
-            raise OrderRefused(error.message, hint=error.hint) from error
+        offers = self._transports.offers()
         stream_id, home = guest_of or (self._new_stream(), self._post.peer)
         move = Outgoing(
             migration_id=migration_id or self._engine.new_id(),
@@ -131,8 +134,6 @@ class Sender:
             home=home,
             target=target,
             reason=reason,
-            carrier=carrier,
-            slot_tokens=slot_tokens,
             token_bytes=self._engine.token_bytes,
             step_ms=step_ms,
             deadline=self._engine.now() + self._config.move_deadline_s,
@@ -142,7 +143,7 @@ class Sender:
         self.moves[move.migration_id] = move
         self._log.clock(req)
         self._send(
-            reservation(self._engine, move, described, self._config.transport, self._fingerprint),
+            reservation(self._engine, move, described, offers, self._fingerprint),
             move,
         )
         if move.held:
@@ -153,14 +154,20 @@ class Sender:
 
     def step(self, faults: Faults) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
-        budget = self._config.copy_tokens_per_step
+        self._drain()
+        now = self._engine.now()
+        self._precopy.look(self.moves.values(), now)
+        budget = self._pace.allowed(now)
         # Those whose clients wait come first.
         for move in sorted(self.moves.values(), key=lambda move: not move.off_batch):
             with faults.contained("a move", partial(self.abandon, move, "a defect at its source")):
-                budget -= self._step(move, budget)
+                copied = self._step(move, budget)
+                self._pace.took(copied)
+                budget -= copied
+        self._precopy.leave(self.moves.values())
 
     def _step(self, move: Outgoing, budget: int) -> int:
-        """Take one move as far as it goes now; return how many tokens were copied."""
+        """Take one move as far as it goes now; return how many bytes are copied."""
         state = move.machine.state
         if move.req.finished():
             self._finished(move)
@@ -173,23 +180,67 @@ class Sender:
         elif not move.off_batch and self._engine.is_ending(move.req):
             self.cancel(move, "cancelled", "the request is about to end")
         else:
-            return self._advance(move, budget)
+            try:
+                return self._advance(move, budget)
+            except PeerError as error:
+                self.cancel(move, "failed", error.message)
         return 0
 
     def _advance(self, move: Outgoing, budget: int) -> int:
-        """Copy, park and commit as far as it goes now; return how many tokens were copied."""
+        """Copy, park and commit as far as it goes now; return how many bytes are copied.
+
+        Raises:
+            PeerError: something could not be copied into its slot.
+        """
         copied = 0
+        self._cargo.announce(move)
+        now, others = self._engine.now(), self.moves.values()
         if move.machine.state is Sending.COPYING:
-            copied = self._cargo.load(move, budget)
+            if not self._precopy.yields(move, others, now):
+                copied = self._load(move, budget)
             move.precopied = move.sent
-            if self._cargo.nearly_all(move) and len(move.free_slots) >= SLOTS - 1:
+            if self._cargo.nearly_all(move) and self._precopy.may_park(move, others, now):
                 self._park(move)
+            elif why := self._hopeless(move):
+                raise PeerError(why)
         if move.held and not move.off_batch:
             self._park(move)
         if move.machine.state is Sending.PARKED:
-            copied += self._cargo.load(move, budget - copied)
+            copied += self._load(move, budget - copied)
             self._cargo.seal(move)
         return copied
+
+    def _check_way(
+        self, req: Request, target: Peer, step_ms: float, hold_after: int | None
+    ) -> None:
+        """Whether the copy can be there in time, by what is known of the way.
+
+        Raises:
+            OrderRefused: it cannot.
+        """
+        size = self._engine.token_bytes
+        made = size / (step_ms / 1e3) if step_ms and hold_after is None else 0.0
+        missing = self._engine.tokens(req) * size
+        seconds = self._config.move_deadline_s
+        if why := self._precopy.refusal(target, missing, made, seconds, self._engine.now()):
+            raise OrderRefused(
+                f"{req.rid} cannot move to {target.instance_id}: {why}",
+                hint="move shorter requests over this link, or raise --star-move-deadline-s",
+            )
+
+    def _hopeless(self, move: Outgoing) -> str:
+        """Why a move that is under way cannot come to its end in time; empty if it can."""
+        size = move.token_bytes
+        made = size / (move.step_ms / 1e3) if move.step_ms and move.hold_at is None else 0.0
+        missing = (self._engine.written(move.req) - move.sent) * size + move.ahead
+        now = self._engine.now()
+        return self._precopy.refusal(move.target, missing, made, move.deadline - now, now)
+
+    def _load(self, move: Outgoing, budget: int) -> int:
+        sizes = self._precopy.sizes(move, self.moves.values())
+        loaded = self._cargo.load(move, budget, sizes)
+        self._cargo.announce(move)
+        return loaded
 
     def _park(self, move: Outgoing) -> None:
         """Take the request out of the batch; its step in flight still counts."""
@@ -199,23 +250,32 @@ class Sender:
     # ------------------------------------------------------------------ answers
 
     def on_reserved(self, message: Reserved) -> None:
-        """The target holds a slot and has the carrier open."""
+        """The target holds a place for the request and has chosen a transport."""
         move = self.moves.get(message.migration_id)
-        if move is not None and move.machine.allows(SendingEvent.RESERVED):
-            move.machine.fire(SendingEvent.RESERVED)
-            move.carrier.connected()
+        if move is None or not move.machine.allows(SendingEvent.RESERVED):
+            return
+        try:
+            move.region = self._transports.region(message.transport)
+        except PeerError as error:
+            self.cancel(move, "failed", error.message)
+            return
+        move.machine.fire(SendingEvent.RESERVED)
+        move.transport, move.transport_reason = message.transport, message.reason
+        logger.info("STAR: KV of %s goes by %s", move.client_rid, message.reason)
 
     def on_taken(self, message: PagesTaken) -> None:
         """The target has emptied a slot."""
         move = self.moves.get(message.migration_id)
         # A late copy of an earlier answer does not free a slot that was filled again since.
-        if move is not None and move.filled.get(message.slot) == message.end:
-            del move.filled[message.slot]
-            move.free_slots.append(message.slot)
+        if move is not None and (piece := move.filled.pop(message.stamp, None)) is not None:
+            piece.region.give(piece.grant)
+            self._precopy.took(move.target, (piece.end - piece.start) * move.token_bytes)
 
     def on_refused(self, message: Refused) -> None:
         """The target holds nothing: the request goes on here."""
         move = self.moves.get(message.migration_id)
+        if message.error_type == NoTransport.__name__:
+            self._transports.start()
         if move is not None and move.machine.allows(SendingEvent.CANCEL):
             detail = f"{message.error_type}: {message.message}"
             self.cancel(move, "refused", detail, tell=False)
@@ -227,7 +287,7 @@ class Sender:
             return
         del self.moves[move.migration_id]
         self._engine.release(move.req, keep_prefix=True)
-        move.carrier.close()
+        self._give_slots(move)
         move.machine.fire(SendingEvent.INSERTED)
         if move.home == self._post.peer:
             self._home.lend(move.req, message)
@@ -259,6 +319,7 @@ class Sender:
 
     def on_lost(self, peer: Peer, why: str) -> None:
         """A target is gone: its moves end, the requests go on here."""
+        self._precopy.forget(peer)
         for move in [m for m in self.moves.values() if m.target == peer]:
             if move.machine.allows(SendingEvent.CANCEL):
                 # It may be slow and not dead: then it need not keep the place it has for us.
@@ -300,6 +361,11 @@ class Sender:
         if move.migration_id in self.moves and move.machine.allows(SendingEvent.CANCEL):
             self.cancel(move, "failed", detail)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do at the next step boundary."""
+        return bool(self.moves or self._draining)
+
     def abort(self, move: Outgoing, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
         self._end(move, SendingEvent.ABORT, detail)
@@ -326,12 +392,32 @@ class Sender:
 
     def _close(self, move: Outgoing, outcome: str, detail: str, *, tell: bool = True) -> None:
         """Tell target and log how the move ended."""
-        move.carrier.close()
+        self._give_slots(move)
         if tell:
             self._send(Release(route=move.route, reason=detail), move)
         context = self._engine.tokens(move.req)
         self._log.add(move.failed(outcome, detail, context, self._engine.wall()))
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
+
+    def _give_slots(self, move: Outgoing) -> None:
+        """Give its slots up: of those that are being filled, once that is over.
+
+        The target may still read one. It will see by the stamp that it read too late.
+        """
+        for piece in move.filled.values():
+            piece.region.give(piece.grant)
+        move.filled.clear()
+        self._draining += move.loading
+        move.loading.clear()
+        self._drain()
+
+    def _drain(self) -> None:
+        waiting, self._draining = self._draining, []
+        for piece in waiting:
+            if self._engine.copied(piece.ticket):
+                piece.region.give(piece.grant)
+            else:
+                self._draining.append(piece)
 
     # ------------------------------------------------------------------ small things
 

@@ -17,9 +17,11 @@ from sglang_star.migration import admission
 from sglang_star.migration.home import Home
 from sglang_star.migration.host import Guest, Host
 from sglang_star.migration.incoming import Homecoming, Incoming, Newcomer
+from sglang_star.migration.piece import Fetched
 from sglang_star.migration.post import Post
 from sglang_star.migration.states import ReceivingEvent
-from sglang_star.migration.transport import carrier as carrier_named
+from sglang_star.migration.transport.base import Grant
+from sglang_star.migration.transport.choice import Transports
 from sglang_star.protocol import (
     Commit,
     Inserted,
@@ -58,6 +60,7 @@ class Target:
         host: Host,
         config: StarConfig,
         fingerprint: str,
+        transports: Transports,
     ) -> None:
         self.moves: dict[str, Incoming] = {}
         self.draining = False
@@ -70,6 +73,8 @@ class Target:
         self._host = host
         self._config = config
         self._fingerprint = fingerprint
+        self._transports = transports
+        self._budget = 0
 
     # ------------------------------------------------------------------ reserve
 
@@ -103,18 +108,18 @@ class Target:
             raise OrderRefused("as many guests as --star-max-guests allows are here")
         admission.check_kind(self._engine, message, self._fingerprint)
         admission.check_room(self._engine, message, [m.reserve for m in self.moves.values()])
-        carrier = partial(carrier_named(message.transport).receive, message.transport_setup)
+        choose = partial(self._transports.choose, message.offers, message.source)
         deadline = self._engine.now() + self._config.move_deadline_s
         if message.home != self._post.peer:
             rid = GUEST_PREFIX + self._engine.new_id()
-            return Newcomer(reserve=message, rid=rid, carrier=carrier(), deadline=deadline)
+            return Newcomer(reserve=message, rid=rid, way=choose(), deadline=deadline)
         shadow = self._home.shadows.get(message.stream_id)
         if shadow is None:
             raise OrderRefused("the stream has ended at home")
         return Homecoming(
             reserve=message,
             rid=shadow.req.rid,
-            carrier=carrier(),
+            way=choose(),
             deadline=deadline,
             shadow=shadow,
         )
@@ -153,34 +158,73 @@ class Target:
         return True
 
     def _seat(self, move: Incoming, req: Request) -> None:
-        if not self._engine.seat(req, move.reserve.max_new_tokens):
+        # A guest has the limit that its home gave it; what comes home has had it from the start.
+        own = isinstance(move, Homecoming)
+        limit = self._engine.max_new_tokens(req) if own else move.reserve.max_new_tokens
+        if not self._engine.seat(req, limit):
             raise OrderRefused("no request slot is free")
         move.machine.fire(ReceivingEvent.SEAT)
         source = move.reserve.source
-        self._post.send(source, Reserved(route=move.route(source)))
+        way = move.way
+        self._post.send(
+            source, Reserved(route=move.route(source), transport=way.name, reason=way.why)
+        )
 
     # ------------------------------------------------------------------ receive
 
     def on_pages(self, message: PagesReady) -> None:
-        """Copy one slot into KV of our own."""
+        """A slot can be read."""
         move = self._of(message.route)
         if move is None or not move.machine.allows(ReceivingEvent.PAGES) or move.req is None:
             return
-        try:
-            if message.start != self._engine.held(move.req) or message.end <= message.start:
-                raise OrderRefused("KV arrived out of order")
-            slot = move.carrier.slot(message.slot)
-            if not self._engine.extend(move.req, message.end):
-                raise OrderRefused("KV memory is full")
-            self._engine.scatter(move.req, message.start, message.end, slot)
-        except StarError as error:
-            self.refuse(move, error)
-            return
         move.machine.fire(ReceivingEvent.PAGES)
-        source = move.reserve.source
-        self._post.send(
-            source, PagesTaken(route=move.route(source), end=message.end, slot=message.slot)
-        )
+        move.announced.append(message)
+        self._receive(move)
+
+    def _receive(self, move: Incoming) -> None:
+        """Begin to copy what was announced, within this step's budget."""
+        # One whose client waits waits for no budget.
+        wanted = move.commit is not None or move.due > self._engine.now()
+        while move.announced and (self._budget > 0 or wanted):
+            message = move.announced.popleft()
+            size = (message.end - message.start) * self._engine.token_bytes
+            self._budget -= size
+            try:
+                self._begin(move, message, size)
+            except StarError as error:
+                self.refuse(move, error)
+                return
+        self._unload(move)
+
+    def _begin(self, move: Incoming, message: PagesReady, size: int) -> None:
+        """Begin to copy one slot into KV of our own.
+
+        Raises:
+            StarError: it cannot be.
+        """
+        req = move.req
+        assert req is not None, "pages came for a request that is not there"
+        if message.start != self._engine.held(req) or message.end <= message.start:
+            raise OrderRefused("KV arrived out of order")
+        grant = Grant(message.slot, message.stamp)
+        fetch = move.way.reader.fetch(grant, size, message.checksum)
+        if not self._engine.extend(req, message.end):
+            fetch.cancel()
+            fetch.close()
+            raise OrderRefused("KV memory is full")
+        ticket = self._engine.scatter(req, message.start, message.end, fetch)
+        move.unloading.append(Fetched(ticket, message.stamp, fetch))
+
+    def _unload(self, move: Incoming) -> None:
+        """Give the source back the slots that are emptied."""
+        while move.unloading and self._engine.copied(move.unloading[0].ticket):
+            piece = move.unloading.popleft()
+            if why := self._engine.failure(piece.ticket):
+                self._transports.failed(move.way, why)
+                self.refuse(move, PeerError(f"{move.way.name}: {why}"))
+                return
+            source = move.reserve.source
+            self._post.send(source, PagesTaken(route=move.route(source), stamp=piece.stamp))
 
     def on_parked(self, message: Parked) -> None:
         """The source finishes its last step of a request that comes here."""
@@ -191,6 +235,11 @@ class Target:
         """Whether a commit should arrive within about a step."""
         now = self._engine.now()
         return any(move.due > now for move in self.moves.values())
+
+    def poll(self) -> None:
+        """A step begins: so much may be copied in it."""
+        self._budget = self._config.copy_bytes_per_step
+        self._transports.step()
 
     # ------------------------------------------------------------------ insert
 
@@ -207,18 +256,21 @@ class Target:
         self._join(move, message)
 
     def step(self, faults: Faults) -> None:
-        """Insert what had to wait for tokens, and drop what has waited too long."""
+        """Insert what had to wait for copies or tokens; drop what has waited too long."""
         now = self._engine.now()
         for move in list(self.moves.values()):
             end = partial(self.refuse, move, OrderRefused("a defect at the target"))
             with faults.contained("an incoming move", end):
-                if move.commit is not None:
+                self._receive(move)
+                if move.commit is not None and move.stream_id in self.moves:
                     self._join(move, move.commit)
                 if now > move.deadline and move.stream_id in self.moves:
                     self.refuse(move, OrderRefused("deadline passed at the target"))
 
     def _join(self, move: Incoming, commit: Commit) -> None:
         """Insert the request into the running batch: it decodes here from the next step on."""
+        if move.announced or move.unloading:
+            return  # its KV is not all here yet
         req = move.req
         assert req is not None, "pages came for a request that is not there"
         try:
@@ -302,6 +354,7 @@ class Target:
 
     def on_lost(self, peer: Peer, why: str) -> None:
         """The source of a move, or the home of its stream, is gone."""
+        self._transports.forget(peer)
         for move in list(self.moves.values()):
             detail = f"{peer.instance_id}: {why}"
             if move.reserve.source == peer:
@@ -335,16 +388,18 @@ class Target:
     def _drop(self, move: Incoming, why: str) -> None:
         logger.info("STAR drops the arriving %s: %s", move.reserve.client_rid, why)
         move.machine.fire(ReceivingEvent.CANCEL)
+        for piece in move.unloading:
+            piece.fetch.cancel()
         self._forget(move)
         if move.req is not None:
-            self._engine.release(move.req, keep_prefix=False)
+            self._engine.release(move.req, keep_prefix=False, after=move.tickets)
         elif move.rid in self._rebuilding:
             self._engine.abort(move.rid)
 
     def _forget(self, move: Incoming) -> None:
         del self.moves[move.stream_id]
         del self._by_rid[move.rid]
-        move.carrier.close()
+        self._transports.leave(move.way)
 
     def _of(self, route: Route) -> Incoming | None:
         """The move that is meant: not an earlier one of the same stream."""

@@ -115,6 +115,7 @@ ROWS: Final[tuple[Row, ...]] = (
     # KV.
     Attribute(_KV + ".holds_kv", "whether it has a row", "engine.pages status"),
     Attribute(_KV + ".holds_mamba", "recurrent state cannot move", _CODEC),
+    Function(_REQ + ".detach_kv", "KV that waits for a copy outlives it", "engine.pages"),
     Field(_KV + ".req_pool_idx", "its row in the request table", "engine.pages"),
     Field(_KV + ".kv_allocated_len", "positions with a slot", "engine.pages engine.real"),
     Field(_KV + ".kv_committed_len", "positions whose KV is written", "engine.batch"),

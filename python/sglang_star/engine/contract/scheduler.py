@@ -42,8 +42,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_S + ".token_to_kv_pool_allocator", "KV slots", "engine.pages engine.batch"),
     Attribute(_S + ".tree_cache", "the prefix cache", "engine.pages engine.batch"),
     # Streams of the device.
-    Attribute(_S + ".schedule_stream", "copies wait for the forward", "engine.real"),
-    Attribute(_S + ".forward_stream", "copies wait for the forward", "engine.real"),
+    Attribute(_S + ".forward_stream", "copies into KV follow its steps", "engine.real"),
     # Disaggregation.
     Attribute(
         _S + ".disagg_decode_prealloc_queue",

@@ -1,114 +1,183 @@
-"""Shared memory: for instances on one machine.
-
-The segment is an unlinked file as soon as both sides have it open, so that nothing is left behind
-when either process dies. Until then its sender holds it (:mod:`sglang_star.owned`): what one that
-was killed leaves in between, the next start removes.
-"""
+"""Shared memory: for instances on one machine that see each other's processes."""
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import mmap
 import os
+import re
+import threading
 
 import msgspec
 import torch
 
-from sglang_star import owned
 from sglang_star.errors import PeerError
-from sglang_star.migration.transport.base import Carrier
+from sglang_star.migration.transport.base import Grant, Transport
+from sglang_star.migration.transport.memory import HostRegion, checksum, name_of, pin, shape
 
-_FOLDER = "/dev/shm"
-_PREFIX = "star-kv-"
-_MAX_BYTES = 1 << 34
+_TOKEN = re.compile(r"[0-9a-f]{16}")
+_MAX_BYTES = 1 << 40
 
 
-class _Setup(msgspec.Struct, array_like=True, frozen=True):
-    name: str
+class Setup(msgspec.Struct, array_like=True, frozen=True):
+    """Where a region is: a descriptor of a process, and the token by which it is known."""
+
+    process: int
+    descriptor: int
+    token: str
     slots: int
     slot_bytes: int
 
 
-class SharedMemoryCarrier(Carrier):
-    """Slots in one mapped file."""
+class SharedMemory(Transport):
+    """The target maps the sender's region and copies straight from it.
+
+    Args:
+        region: ours; None if there is no memory for one: then we only read.
+        device: of the KV pool; on one of CUDA's, memory is pinned.
+    """
 
     name = "shm"
 
-    def __init__(self, file: str, descriptor: int, slots: int, slot_bytes: int) -> None:
-        self.slots = slots
-        self.slot_bytes = slot_bytes
-        self.setup = msgspec.msgpack.encode(_Setup(os.path.basename(file), slots, slot_bytes))
-        self._file: str | None = file
-        self._map: mmap.mmap | None = mmap.mmap(descriptor, slots * slot_bytes)
-        self._tensor: torch.Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
+    def __init__(self, region: HostRegion | None, device: str = "cpu") -> None:
+        self.region: HostRegion | None = region
+        self._pinned = device.startswith("cuda")
 
-    @classmethod
-    def send(cls, slots: int, slot_bytes: int) -> SharedMemoryCarrier:
-        """Create the segment; see :class:`Carrier`."""
-        try:
-            file, descriptor = owned.make_file(_FOLDER, _PREFIX)
-            try:
-                os.posix_fallocate(descriptor, 0, slots * slot_bytes)
-                return cls(file, descriptor, slots, slot_bytes)
-            except OSError:
-                os.unlink(file)
-                raise
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise PeerError(
-                f"no shared memory for {slots * slot_bytes / 1e6:.0f} MB: {error}",
-                hint="enlarge /dev/shm, or lower --star-copy-tokens-per-step",
-            ) from error
+    def start(self) -> None:
+        """See :class:`Transport`: there is nothing to do."""
 
-    @classmethod
-    def receive(cls, setup: bytes) -> SharedMemoryCarrier:
-        """Map the sender's segment; see :class:`Carrier`."""
+    def setup(self) -> bytes:
+        """See :class:`Transport`."""
+        region = self.region
+        if region is None:
+            raise PeerError("no staging memory", hint="see the log of the source's start")
+        return msgspec.msgpack.encode(
+            Setup(os.getpid(), region.descriptor, region.token, region.slots, region.slot_bytes)
+        )
+
+    def open(self, setup: bytes) -> Mapped:
+        """See :class:`Transport`."""
         try:
-            wanted = msgspec.msgpack.decode(setup, type=_Setup)
+            wanted = msgspec.msgpack.decode(setup, type=Setup)
         except msgspec.MsgspecError as error:
             raise PeerError(f"malformed shared-memory setup: {error}") from error
-        size = wanted.slots * wanted.slot_bytes
-        if not owned.is_name(wanted.name, _PREFIX) or not 0 < size <= _MAX_BYTES:
+        _, size = shape(max(wanted.slots, 0), max(wanted.slot_bytes, 0))
+        if not (
+            _TOKEN.fullmatch(wanted.token)
+            and wanted.process > 0
+            and wanted.descriptor >= 0
+            and wanted.slots > 0
+            and wanted.slot_bytes > 0
+            and size <= _MAX_BYTES
+        ):
             raise PeerError("malformed shared-memory setup")
-        file = f"{_FOLDER}/{wanted.name}"
+        path = f"/proc/{wanted.process}/fd/{wanted.descriptor}"
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+            # Never opened unless it is what it is said to be.
+            if os.readlink(path) != f"/memfd:{name_of(wanted.token)} (deleted)":
+                raise OSError("it is another's")
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise PeerError(
                 f"the sender's shared memory is not reachable: {error}",
-                hint="both instances must run on one machine and share /dev/shm",
+                hint="both instances must run as one user on one machine, and see each other's "
+                "processes; else use --star-transport nixl",
             ) from error
         try:
             if os.fstat(descriptor).st_size != size:
                 raise PeerError("the sender's shared memory has another size")
-            carrier = cls(file, descriptor, wanted.slots, wanted.slot_bytes)
-            carrier._file = None
-            return carrier
+            return Mapped(mmap.mmap(descriptor, size), wanted, pinned=self._pinned)
         finally:
             os.close(descriptor)
 
-    @classmethod
-    def sweep(cls) -> list[str]:
-        """See :class:`Carrier`."""
-        return owned.sweep(_FOLDER, _PREFIX)
+    def close(self) -> None:
+        """See :class:`Transport`."""
+        if self.region is not None:
+            self.region.close()
 
-    def slot(self, index: int) -> torch.Tensor:
-        """See :class:`Carrier`."""
-        if self._tensor is None or not 0 <= index < self.slots:
-            raise PeerError(f"no slot {index}")
-        return self._tensor[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
-    def connected(self) -> None:
-        """Remove the name; both mappings stay."""
-        if self._file is not None:
-            with contextlib.suppress(FileNotFoundError):  # somebody tidied up before us
-                os.unlink(self._file)
-            self._file = None
+class Mapped:
+    """A peer's region in our own address space; a :class:`Reader`."""
+
+    def __init__(self, memory: mmap.mmap, setup: Setup, *, pinned: bool) -> None:
+        self._slots, self._slot_bytes = setup.slots, setup.slot_bytes
+        self._start, _ = shape(setup.slots, setup.slot_bytes)
+        self._stamps = (ctypes.c_int64 * setup.slots).from_buffer(memory)
+        self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self._pinning: threading.Thread | None = None
+        self._why = ""
+        if pinned:
+            self._pinning = threading.Thread(target=self._pin, name="star-pin", daemon=True)
+            self._pinning.start()
+
+    def fetch(self, grant: Grant, size: int, checksum: int) -> MappedSlot:
+        """See :class:`Reader`."""
+        if not (0 <= grant.index < self._slots and 0 < size <= self._slot_bytes):
+            raise PeerError(f"no {size} bytes in slot {grant.index}")
+        start = self._start + grant.index * self._slot_bytes
+        return MappedSlot(self, self._tensor[start : start + size], self._stamps, grant, checksum)
+
+    def is_ready(self) -> bool:
+        """Whether devices can copy from it.
+
+        Raises:
+            PeerError: they never will.
+        """
+        if self._why:
+            raise PeerError(self._why)
+        return self._pinning is None or not self._pinning.is_alive()
 
     def close(self) -> None:
-        """See :class:`Carrier`."""
-        self.connected()
-        # The mapping goes with the last tensor that views it.
-        self._tensor = None
-        self._map = None
+        """The mapping goes with the last fetch that reads it."""
+        if self._pinning is not None:
+            self._pinning.join()
+            self._pinning = None
+            torch.cuda.cudart().cudaHostUnregister(self._tensor.data_ptr())
+
+    def _pin(self) -> None:
+        try:
+            pin(self._tensor)
+        except PeerError as error:
+            self._why = str(error)
+
+
+class MappedSlot:
+    """See :class:`Fetch`: its bytes are here from the start."""
+
+    __slots__ = ("_cancelled", "_checksum", "_data", "_grant", "_mapped", "_stamps")
+
+    def __init__(
+        self,
+        mapped: Mapped,
+        data: torch.Tensor,
+        stamps: ctypes.Array[ctypes.c_int64],
+        grant: Grant,
+        wanted: int,
+    ) -> None:
+        self._cancelled = False
+        self._mapped = mapped
+        self._data = data
+        self._stamps = stamps
+        self._grant = grant
+        self._checksum = wanted
+
+    def arrived(self) -> torch.Tensor | None:
+        """See :class:`Fetch`."""
+        if self._cancelled:
+            raise PeerError("nobody wants it any more")
+        if not self._mapped.is_ready():
+            return None
+        if self._checksum and checksum(self._data) != self._checksum:
+            raise PeerError("KV was corrupted on its way: its checksum differs")
+        return self._data
+
+    def intact(self) -> bool:
+        """See :class:`Fetch`."""
+        return bool(self._stamps[self._grant.index] == self._grant.stamp)
+
+    def cancel(self) -> None:
+        """See :class:`Fetch`."""
+        self._cancelled = True
+
+    def close(self) -> None:
+        """See :class:`Fetch`."""
