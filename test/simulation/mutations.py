@@ -389,14 +389,6 @@ MUTATIONS = (
         "a copy of a move that is over writes into a slot that another has by now",
     ),
     Mutation(
-        "stamp of a slot unread",
-        "engine/tickets.py",
-        "            self._here[ticket] = Copying.FAILED\n",
-        "            self._here[ticket] = Copying.DONE\n",
-        "a target that was given up reads a slot that was granted again, and joins",
-        also=(("engine/tickets.py", "            self._failures[ticket] = str(error)\n", ""),),
-    ),
-    Mutation(
         "failed copy taken for a good one",
         _TARGET,
         "            if why := self._engine.failure(piece.ticket):\n",

@@ -42,12 +42,17 @@ class Cargo:
         assert region is not None, "pages go before the target has chosen a transport"
         ready = self._ready(move)
         loaded = 0
-        while move.on_their_way < sizes.pieces and move.sent < ready:
+        move.full = False
+        while move.sent < ready:
             last_bit = move.off_batch and ready - move.sent <= self._small
-            if (loaded >= budget or move.ahead >= sizes.ahead) and not last_bit:
+            move.full = move.on_their_way >= sizes.pieces or move.ahead >= sizes.ahead
+            if move.on_their_way >= sizes.pieces or (
+                (move.full or loaded >= budget) and not last_bit
+            ):
                 break
             end = min(ready, move.sent + self._piece(region, sizes.piece))
             if (grant := region.grant()) is None:
+                move.full = True
                 break
             loaded += (end - move.sent) * move.token_bytes
             ticket = self._engine.gather(move.req, move.sent, end, region.view(grant))

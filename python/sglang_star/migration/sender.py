@@ -230,10 +230,12 @@ class Sender:
 
     def _hopeless(self, move: Outgoing) -> str:
         """Why a move that is under way cannot come to its end in time; empty if it can."""
-        size = move.token_bytes
-        made = size / (move.step_ms / 1e3) if move.step_ms and move.hold_at is None else 0.0
-        missing = (self._engine.written(move.req) - move.sent) * size + move.ahead
-        now = self._engine.now()
+        now, written = self._engine.now(), self._engine.written(move.req)
+        since, before = move.copied_from
+        made = 0.0
+        if move.hold_at is None and now > since:
+            made = (written - before) * move.token_bytes / (now - since)
+        missing = (written - move.sent) * move.token_bytes + move.ahead
         return self._precopy.refusal(move.target, missing, made, move.deadline - now, now)
 
     def _load(self, move: Outgoing, budget: int) -> int:
@@ -260,6 +262,7 @@ class Sender:
             self.cancel(move, "failed", error.message)
             return
         move.machine.fire(SendingEvent.RESERVED)
+        move.copied_from = self._engine.now(), self._engine.written(move.req)
         move.transport, move.transport_reason = message.transport, message.reason
         logger.info("STAR: KV of %s goes by %s", move.client_rid, message.reason)
 
