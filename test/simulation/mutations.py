@@ -331,7 +331,7 @@ MUTATIONS = (
     Mutation(
         "slots of a finished move kept",
         _SENDER,
-        "        self._give_slots(move)\n        move.machine.fire(SendingEvent.INSERTED)",
+        "        self._cargo.unload(move)\n        move.machine.fire(SendingEvent.INSERTED)",
         "        move.machine.fire(SendingEvent.INSERTED)",
         "what the target has not given back by then is never granted again",
     ),
@@ -383,7 +383,7 @@ MUTATIONS = (
     ),
     Mutation(
         "slot given back while it is filled",
-        _SENDER,
+        _CARGO,
         "            if self._engine.copied(piece.ticket):\n",
         "            if True:\n",
         "a copy of a move that is over writes into a slot that another has by now",
