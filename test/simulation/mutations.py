@@ -378,7 +378,7 @@ MUTATIONS = (
         "copies seen to be over within a step boundary",
         "engine/tickets.py",
         "        return ticket not in self._under_way\n",
-        "        return ticket != self._begun or ticket not in self._under_way\n",
+        "        return ticket != self.begun or ticket not in self._under_way\n",
         "of several copies only the latest is waited for",
     ),
     Mutation(
