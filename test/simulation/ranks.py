@@ -15,11 +15,13 @@ import argparse
 import contextlib
 import gc
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import le
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from sglang_star.config import StarConfig
+from sglang_star.engine.tickets import Copying, Tickets
 from sglang_star.errors import PeerError
 from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
@@ -55,15 +57,17 @@ class RankEngine(FakeEngine):
     """An engine that notes what it is asked, and has its time from the step.
 
     Attributes:
-        calls: the verbs since they were last compared; copies: gathers and scatters.
+        calls: the verbs since they were last compared.
     """
 
-    def __init__(self, node: Pair, shape: EngineShape) -> None:
+    def __init__(self, node: Pair, shape: EngineShape, rank: int) -> None:
         super().__init__(node, page_size=shape.page_size, pages=shape.pages, rows=shape.rows)
         self._pair = node
         self.clock = StepClock()
         self.calls: list[Any] = []
-        self.copies = 0
+        self.tickets = Tickets(self._agree)
+        self._rank = rank
+        self._agreed: Sequence[int] = ()
 
     def now(self) -> float:
         return self.clock.now()
@@ -73,6 +77,20 @@ class RankEngine(FakeEngine):
 
     def new_id(self) -> str:
         return self.clock.new_id()
+
+    def _agree(self, fares: Sequence[int]) -> Sequence[int]:
+        """How copies fare on both ranks; rank 0, which comes first, looks at rank 1's."""
+        if self._rank == 0:
+            other = self._pair.sides[1].engine
+            with self._pair.on(1):
+                for ticket, here in list(other.tickets._here.items()):
+                    if here is Copying.UNDER_WAY:
+                        other.tickets._look(ticket)
+            assert len(fares) == len(other.tickets._here), "the ranks have begun other copies"
+            other._agreed = tuple(map(min, fares, other.tickets._here.values()))
+            return other._agreed
+        assert all(map(le, self._agreed, fares))
+        return self._agreed
 
     def launch(self) -> bool:
         return self._step(super().launch)
@@ -98,7 +116,6 @@ def _noted(name: str) -> Callable[..., Any]:
 
     def verb(self: RankEngine, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((name, *map(_essence, args), *kwargs.values()))
-        self.copies += name in ("gather", "scatter")
         return original(self, *args, **kwargs)
 
     return verb
@@ -146,7 +163,7 @@ class Side:
         config: StarConfig,
         met: deque[tuple[int, ...]],
     ) -> None:
-        self.engine = RankEngine(pair, shape)
+        self.engine = RankEngine(pair, shape, rank)
         self.world: Any = pair.world if rank == 0 else Muted(pair.world)
         ledger = Ledger()
         post = HeldPost(pair.peer, ledger, pair.link if rank == 0 else None)
@@ -168,7 +185,7 @@ class Side:
             self.mover,
             self.orders,
             self.faults,
-            lambda: self.engine.copies,
+            copies=lambda: self.engine.tickets.begun,
         )
 
 

@@ -104,7 +104,7 @@ class Member(Extension):
             mover,
             self._orders,
             faults,
-            lambda: engine.tickets.begun,
+            copies=lambda: engine.tickets.begun,
         )
         super().__init__(mover, timer, front)
         logger.info("STAR: rank %d of %d", ranks.rank, ranks.size)
