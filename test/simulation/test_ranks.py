@@ -59,9 +59,9 @@ def fewer_pages_now_and_then(self: RankEngine) -> int:
         ("free_tokens", fewer_pages_now_and_then),
     ],
 )
-def test_a_rank_that_looks_elsewhere_is_found_out(
+def test_a_rank_that_goes_another_way_stops_its_engine(
     name: str, defect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RankEngine, name, defect)
     _, found, _ = ranks.run(range(40), Allowed())
-    assert any("ranks of" in failure or "RankDivergence" in failure for _, failure in found)
+    assert any("RankDivergence" in failure for _, failure in found)
