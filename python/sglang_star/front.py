@@ -35,7 +35,7 @@ def open_links(scheduler: Scheduler, config: StarConfig) -> Links:
         ConfigError: an address is taken.
     """
     args = scheduler.server_args
-    links = Links(
+    return Links(
         config.instance_id or f"{ROLES[scheduler.disaggregation_mode]}@{args.host}:{args.port}",
         time.time_ns(),
         host=config.host,
@@ -46,7 +46,6 @@ def open_links(scheduler: Scheduler, config: StarConfig) -> Links:
         timeout_s=config.peer_timeout_s,
         stuck_s=config.stuck_timeout_s,
     )
-    return links
 
 
 def open_transports(

@@ -22,26 +22,24 @@ from zlib import crc32
 
 from sglang_star.config import StarConfig
 from sglang_star.engine.tickets import Copying, Tickets
-from sglang_star.errors import PeerError
 from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
-from sglang_star.migration.transport import CARRIERS
-from sglang_star.migration.transport.base import Carrier
 from sglang_star.orders import Orders
 from sglang_star.ranks.clock import StepClock
 from sglang_star.ranks.ledger import Ledger
 from sglang_star.ranks.posts import HeldPost
 from sglang_star.ranks.replica import Replica
 from sglang_star.ranks.step import StepInput
+from sglang_star.ranks.transports import RankTransports
 from simulation import invariants
-from simulation.carrier import NAME, Segments
 from simulation.engine import FakeEngine
 from simulation.history import Failed, History
 from simulation.node import Node, Watcher
-from simulation.plan import Allowed, Plan, draw
+from simulation.plan import Allowed, draw
 from simulation.request import Request
 from simulation.run import quiet
 from simulation.tally import tally
+from simulation.transport import SLOTS, START_S, Direct, Remote, Staging
 
 if TYPE_CHECKING:
     from simulation.plan import EngineShape
@@ -115,7 +113,9 @@ def _noted(name: str) -> Callable[..., Any]:
     original = getattr(FakeEngine, name)
 
     def verb(self: RankEngine, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((name, *map(_essence, args), *kwargs.values()))
+        # Of a copy its slot: what is in there may come sooner on one rank than on the other.
+        told = args[:3] if name in ("gather", "scatter") else args
+        self.calls.append((name, *map(_essence, told), *kwargs.values()))
         return original(self, *args, **kwargs)
 
     return verb
@@ -134,22 +134,54 @@ for _name in VERBS:
 
 
 class Meeting:
-    """What ranks ask each other, when one after the other comes by; see ``ranks.group.Ranks``."""
+    """What ranks ask each other, when one after the other comes by; see ``ranks.group.Ranks``.
+
+    Rank 0, which comes first, looks at what rank 1 will say of its transports; of all else it takes
+    what it has itself for what both have, and rank 1 sees whether that was so.
+    """
 
     size = 2
 
-    def __init__(self, rank: int, met: deque[tuple[int, ...]]) -> None:
+    def __init__(self, pair: Pair, rank: int, met: deque[tuple[Any, ...]]) -> None:
         self.rank = rank
+        self._pair = pair
         self._met = met
 
     def gather(self, data: bytes) -> tuple[bytes, ...]:
-        raise NotImplementedError
+        if self.rank:
+            return self._met.popleft()
+        with self._pair.on(1) as other:
+            self._met.append((data, other.transports.here()))
+        return self._met[-1]
 
     def least(self, *values: int) -> tuple[int, ...]:
-        if self.rank == 0:
-            self._met.append(values)
-            return values
-        return tuple(map(min, values, self._met.popleft()))
+        if self.rank:
+            return tuple(map(min, values, self._met.popleft()))
+        self._met.append(values)
+        return values
+
+
+class Place:
+    """What transports know of the process of one rank."""
+
+    def __init__(self, pair: Pair, rank: int, world: Any, staging: Staging) -> None:
+        self.label = pair.label + b"#%d" % rank
+        self.shape, self.peer = pair.shape, pair.peer
+        self.world = world
+        self.staging = staging
+        self._pair = pair
+        pair.world.labelled[self.label] = self  # type: ignore[assignment]
+
+    @property
+    def alive(self) -> bool:
+        return self._pair.alive
+
+
+class Slower(Remote):
+    """Rank 1's takes longer to start."""
+
+    def start(self) -> None:
+        self._ready_at = min(self._ready_at, self._node.world.clock.now + 2 * START_S)
 
 
 class Side:
@@ -161,14 +193,19 @@ class Side:
         rank: int,
         shape: EngineShape,
         config: StarConfig,
-        met: deque[tuple[int, ...]],
+        met: deque[tuple[Any, ...]],
     ) -> None:
         self.engine = RankEngine(pair, shape, rank)
         self.world: Any = pair.world if rank == 0 else Muted(pair.world)
+        ranks = Meeting(pair, rank, met)
+        self.staging = Staging(SLOTS, pair.staging.slot_bytes)
+        place: Any = Place(pair, rank, self.world, self.staging)
+        kinds = (Direct(place, self.staging), (Slower if rank else Remote)(place, self.staging))
+        self.transports = RankTransports(ranks, kinds, self.engine.now)
         ledger = Ledger()
         post = HeldPost(pair.peer, ledger, pair.link if rank == 0 else None)
         self.faults = Watcher(pair)
-        self.mover = Mover(self.engine, post, config, "fingerprint", self.faults)
+        self.mover = Mover(self.engine, post, config, "fingerprint", self.faults, self.transports)
         self.orders = Orders(
             self.engine,
             self.mover,
@@ -178,7 +215,7 @@ class Side:
             step_ms=lambda: self.engine.clock.step_ms,
         )
         self.replica = Replica(
-            Meeting(rank, met),
+            ranks,
             self.engine.clock,
             post,
             ledger,
@@ -214,7 +251,7 @@ class Muted:
 
 
 class Pair(Node):
-    """A node of two ranks; its ``engine``, ``mover`` and ``orders`` are those of the rank at work.
+    """A node of two ranks; its ``engine``, ``mover`` and the like are those of the rank at work.
 
     Attributes:
         side: which rank an input is being given to; None while none is. sum: of all verbs so far.
@@ -226,7 +263,7 @@ class Pair(Node):
         super().__init__(world, name, incarnation, shape, config)
         self.side: int | None = None
         self.sum = 0
-        met: deque[tuple[int, ...]] = deque()
+        met: deque[tuple[Any, ...]] = deque()
         self.sides = [Side(self, rank, shape, config, met) for rank in (0, 1)]
         self._steps = 0
         self._use(self.sides[0])
@@ -234,6 +271,7 @@ class Pair(Node):
     def _use(self, side: Side) -> None:
         self.world, self.engine, self.mover = side.world, side.engine, side.mover
         self.orders, self.faults = side.orders, side.faults
+        self.staging, self.transports = side.staging, side.transports
 
     @contextlib.contextmanager
     def on(self, rank: int) -> Iterator[Side]:
@@ -310,47 +348,8 @@ class Pair(Node):
         return step
 
 
-class PairSegments(Segments):
-    """Segments of two ranks: what rank 0 opens, rank 1 does as well, under a name of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._others: dict[bytes, bytes] = {}
-        self._waiting: dict[str, deque[bytes]] = {}
-
-    def install(self) -> None:
-        super().install()
-        kind, segments = CARRIERS[NAME], self
-
-        class Shards(kind):  # type: ignore[misc, valid-type]
-            @classmethod
-            def send(cls, slots: int, slot_bytes: int) -> Carrier:
-                pair: Pair = segments.owner
-                waiting = segments._waiting.setdefault(pair.name, deque())
-                own = kind.send(slots, slot_bytes)
-                if pair.side:
-                    segments._others[waiting.popleft()] = own.setup
-                else:
-                    waiting.append(own.setup)
-                return own
-
-            @classmethod
-            def receive(cls, setup: bytes) -> Carrier:
-                if segments.owner.side:
-                    if setup not in segments._others:
-                        raise PeerError("the sender's shared memory is not reachable")
-                    setup = segments._others[setup]
-                return kind.receive(setup)
-
-        CARRIERS[NAME] = Shards
-
-
 class PairHistory(History):
     """A history whose engines have two ranks each."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        self.segments = PairSegments()
 
     def run(self) -> str:
         if not super().run():
@@ -358,8 +357,11 @@ class PairHistory(History):
                 for node in self.nodes.values():
                     assert isinstance(node, Pair)
                     with node.on(1):
-                        for broken in invariants._empty(node) if node.alive else ():
+                        for broken in invariants._empty(self, node) if node.alive else ():
                             self.fail(f"rank 1: {broken}")
+                for fetch in self.fetches:
+                    if fetch._reader.here.alive:
+                        self.fail("a fetch was never closed")
         return self.failure
 
     @property

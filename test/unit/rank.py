@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch.distributed as dist
 
-from sglang_star.errors import PeerError
-from sglang_star.migration.transport import CARRIERS
-from sglang_star.ranks.carriers import of_ranks
+from sglang_star.errors import NoTransport, PeerError
+from sglang_star.migration.transport.base import Grant
+from sglang_star.migration.transport.memory import HostRegion
+from sglang_star.migration.transport.shm import SharedMemory
+from sglang_star.protocol import Peer
 from sglang_star.ranks.group import Group
+from sglang_star.ranks.transports import RankTransports
+
+HERE = Peer(instance_id="a", incarnation=1, address="tcp://127.0.0.1:1")
+
+
+def lacking(*_: Any) -> Any:
+    """What only rank 1 cannot do."""
+    raise PeerError("no memory")
 
 
 def member(rank: int, place: str) -> dict[str, Any]:
@@ -20,31 +31,33 @@ def member(rank: int, place: str) -> dict[str, Any]:
         "gathered": [ranks.gather(data) for data in (b"", b"x" * rank, bytes(range(9 - rank)))],
         "least": ranks.least(rank, -rank, 5),
     }
-    shm = CARRIERS["shm"]
-    kind = of_ranks(shm, ranks)
-    sender = kind.send(2, 64)
-    receiver = kind.receive(sender.setup)
-    sender.slot(1)[:] = 7 + rank
-    seen["read"] = int(receiver.slot(1)[63])
-    seen["setup"] = sender.setup
-    sender.close()
-    for name in ("send", "receive"):
-
-        class Poor(shm):  # type: ignore[misc, valid-type]
-            """Memory that only rank 1 cannot have."""
-
-        def refuse(*_: Any) -> Any:
-            raise PeerError("no memory")
-
-        sender = kind.send(2, 64)
+    region = HostRegion(2, 64)
+    shm = SharedMemory(region, "cpu")
+    both = RankTransports(ranks, [shm], time.monotonic)
+    grant = region.grant()
+    assert grant is not None
+    region.view(grant)[:] = 7 + rank
+    offers = both.offers()
+    way = both.choose(offers, HERE)
+    found = way.reader.fetch(grant, 64, 0).arrived()
+    assert found is not None
+    seen["read"] = int(found[63])
+    seen["offers"] = offers
+    for name in ("setup", "open"):
+        poor = SharedMemory(region, "cpu")
         if rank == 1:
-            setattr(Poor, name, refuse)
-        poor = of_ranks(Poor, ranks)
+            setattr(poor, name, lacking)
+        lame = RankTransports(ranks, [poor], time.monotonic)
         try:
-            poor.send(2, 64) if name == "send" else poor.receive(sender.setup)
+            lame.offers() if name == "setup" else lame.choose(offers, HERE)
             seen[name] = ""
-        except PeerError as error:
+        except NoTransport as error:
             seen[name] = error.message
-        sender.close()
+    missing = both.choose(offers, HERE).reader.fetch(Grant(9, 1), 64, 0)
+    try:
+        missing.arrived()
+    except PeerError as error:
+        seen["missing"] = error.message
+    both.close()
     dist.destroy_process_group()
     return seen

@@ -45,7 +45,9 @@ def tokens(*ids: int) -> Tokens:
 
 def test_an_input_arrives_as_it_left() -> None:
     order = MigrateOrder(order_id=1, rid="r", target=THERE)
-    sent = step(Reserved(route=ROUTE), PeerLost(THERE, "gone"), OrderEnvelope(b"x", order))
+    sent = step(
+        Reserved(route=ROUTE, transport="shm"), PeerLost(THERE, "gone"), OrderEnvelope(b"x", order)
+    )
     assert pickle.loads(pickle.dumps(sent)) == sent
     assert sent.moves
 
@@ -72,11 +74,11 @@ def test_what_is_said_within_a_tick_leaves_after_it() -> None:
     through: Any = type("Through", (), {"send": lambda self, to, message: left.append(message)})()
     post = HeldPost(HERE, Ledger(), through)
     post.hold()
-    post.send(THERE, Reserved(route=ROUTE))
+    post.send(THERE, Reserved(route=ROUTE, transport="shm"))
     assert left == []
     post.release()
     post.send(THERE, tokens(1))
-    assert left == [Reserved(route=ROUTE), tokens(1)]
+    assert left == [Reserved(route=ROUTE, transport="shm"), tokens(1)]
 
 
 def test_the_ledger_sees_another_token_and_no_estimate() -> None:
@@ -107,10 +109,17 @@ def test_all_ranks_get_what_each_gave(seen: list[dict[str, Any]]) -> None:
 
 def test_each_rank_reads_what_its_own_number_wrote(seen: list[dict[str, Any]]) -> None:
     assert [one["read"] for one in seen] == [7, 8]
-    assert seen[0]["setup"] == seen[1]["setup"]
+    assert seen[0]["offers"] == seen[1]["offers"]
 
 
-@pytest.mark.parametrize("name", ["send", "receive"])
-def test_memory_that_one_rank_lacks_none_has(seen: list[dict[str, Any]], name: str) -> None:
-    assert "another rank" in seen[0][name]
-    assert seen[1][name] == "no memory"
+def test_what_one_rank_lacks_none_offers(seen: list[dict[str, Any]]) -> None:
+    assert all("on all ranks" in one["setup"] for one in seen)
+
+
+def test_what_one_rank_cannot_open_none_has(seen: list[dict[str, Any]]) -> None:
+    assert "another rank" in seen[0]["open"]
+    assert "no memory" in seen[1]["open"]
+
+
+def test_a_fetch_that_cannot_begin_fails_as_one_that_did(seen: list[dict[str, Any]]) -> None:
+    assert all("slot 9" in one["missing"] for one in seen)

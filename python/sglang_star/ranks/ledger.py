@@ -44,9 +44,9 @@ def _essence(message: Message) -> Iterator[object]:
         yield message.stream_id
     match message:
         case PagesReady():
-            yield message.start, message.end, message.slot
+            yield message.start, message.end, message.slot, message.stamp
         case PagesTaken():
-            yield message.end, message.slot
+            yield message.stamp
         case Commit():
             yield message.committed_tokens, message.output_ids
         case Tokens():

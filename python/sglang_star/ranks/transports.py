@@ -1,4 +1,4 @@
-"""Transports of several ranks: an offer is one for all, and a peer's memory is open for all or none.
+"""Transports of several ranks: an offer is one for all, a peer's memory is open for all or none.
 
 Every rank has staging memory of its own, in which the same piece of KV has the same slot and the
 same stamp, and reads that of the peer's rank of its number. What fails on one rank while a piece is
