@@ -52,7 +52,12 @@ class Cargo:
                 (move.full or loaded >= budget) and not last_bit
             ):
                 break
-            end = min(ready, move.sent + self._piece(region, sizes.piece))
+            piece = self._piece(region, sizes.piece)
+            if move.on_their_way and not move.off_batch and ready - move.sent < piece:
+                # It would be followed by as little in every step, and the way never clear.
+                move.full = False
+                break
+            end = min(ready, move.sent + piece)
             if (grant := region.grant()) is None:
                 move.full = True
                 break
