@@ -166,7 +166,7 @@ class Place:
 
     def __init__(self, pair: Pair, rank: int, world: Any, staging: Staging) -> None:
         self.label = pair.label + b"#%d" % rank
-        self.shape, self.peer = pair.shape, pair.peer
+        self.name, self.shape, self.peer = pair.name, pair.shape, pair.peer
         self.world = world
         self.staging = staging
         self._pair = pair
