@@ -170,11 +170,16 @@ class Place:
         self.world = world
         self.staging = staging
         self._pair = pair
+        self._rank = rank
         pair.world.labelled[self.label] = self  # type: ignore[assignment]
 
     @property
     def alive(self) -> bool:
         return self._pair.alive
+
+    @property
+    def mover(self) -> Mover:
+        return self._pair.sides[self._rank].mover
 
 
 class Slower(Remote):
