@@ -14,6 +14,7 @@ StarError
 │   ├── NotMovable         the request uses a feature that cannot move
 │   └── NoTransport        two instances have no way in common to carry KV
 ├── PeerError              another instance is unreachable, dead or answered wrongly
+├── RankDivergence         a defect of ours: the ranks of one engine went different ways
 └── IllegalTransition      a defect of ours: the state machine refused an event
 """
 
@@ -109,6 +110,10 @@ class PeerError(StarError):
     """Another instance is unreachable, has died, or answered out of turn."""
 
     status = 503
+
+
+class RankDivergence(StarError):
+    """The ranks of one engine have gone different ways: it stops, or its tokens would be wrong."""
 
 
 class IllegalTransition(StarError):

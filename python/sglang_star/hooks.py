@@ -8,8 +8,9 @@ would corrupt streams rather than fail.
 
 Rows are applied by scope: ``LAUNCHER`` in every process that parses arguments, ``SERVER`` in the
 process that serves HTTP and only with ``--star``, ``SCHEDULER_ENTRY`` wherever SGLang has loaded
-its scheduler, ``SCHEDULER`` from there and only with ``--star``, ``CPU`` in the scheduler
-when the portable CPU platform is active, and ``FORKED`` in an engine that our fork server made.
+its scheduler, ``SCHEDULER`` from there and only with ``--star``, ``RANKS`` beside it where an
+engine has several, ``CPU`` in the scheduler when the portable CPU platform is active, and
+``FORKED`` in an engine that our fork server made.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Scope(enum.Enum):
     SERVER = "server"
     SCHEDULER_ENTRY = "scheduler entry"
     SCHEDULER = "scheduler"
+    RANKS = "scheduler of several ranks"
     CPU = "portable cpu platform"
     FORKED = "forked engine"
 
@@ -58,6 +60,7 @@ class Hook:
 
 
 _S = "sglang.srt.managers.scheduler.Scheduler."
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver."
 _LAUNCH = "sglang_star.launch:"
 _SCHED = "sglang_star.scheduler:"
 _PRED = "sglang_star.predictor.runner:"
@@ -258,6 +261,20 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         "sglang_star.platform.paced:forward",
         "paced execution: pad a forward to the modelled step time",
+    ),
+    Hook(
+        Scope.RANKS,
+        _RECEIVER + "_pull_raw_reqs",
+        "after",
+        _SCHED + "pull_raw_reqs",
+        "what rank 0 received rides SGLang's broadcast, so that all ranks act in the same step",
+    ),
+    Hook(
+        Scope.RANKS,
+        _RECEIVER + "recv_requests",
+        "after",
+        _SCHED + "recv_requests",
+        "it leaves the broadcast before SGLang looks at what came",
     ),
     Hook(
         Scope.CPU,

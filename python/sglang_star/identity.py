@@ -34,6 +34,7 @@ def fingerprint_of(scheduler: Scheduler, pages: KvPages) -> str:
         str(args.random_seed) if args.load_format == "dummy" else "",
         str(config.context_len),
         str(scheduler.enable_overlap),
+        f"tp={args.tp_size}",  # heads of a cache that every rank has whole do not show it
         *pages.layout,
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -78,6 +78,10 @@ def _choose_cpu(server_args: Any) -> None:
         return
     # For the scheduler's process, which reads it when it imports torch: see cluster_layout.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # More ranks than NUMA nodes: SGLang wants to be told which cores each is to have. It binds none
+    # here, where its own kernels are missing.
+    if (ranks := getattr(server_args, "tp_size", 1)) > 1:
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(ranks))))
     if server_args.device is None:
         server_args.device = "cpu"
     if server_args.attention_backend is None:
@@ -103,7 +107,6 @@ def _refuse_unsupported(server_args: Any) -> None:
         ConfigError: naming it.
     """
     limits = (
-        ("--tp-size", getattr(server_args, "tp_size", 1), 1),
         ("--pp-size", getattr(server_args, "pp_size", 1), 1),
         ("--dp-size", getattr(server_args, "dp_size", 1), 1),
         ("--tokenizer-worker-num", getattr(server_args, "tokenizer_worker_num", 1), 1),

@@ -61,6 +61,11 @@ class Orders:
         self._drain_targets: list[Peer] = []
         self._drain_next = 0.0
 
+    @property
+    def pending(self) -> bool:
+        """Whether :meth:`step` may have something to do."""
+        return bool(self._armed or self._drain_targets)
+
     def obey(self, message: Any) -> OrderReply:
         """Carry an order out, or say why not."""
         try:

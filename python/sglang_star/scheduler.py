@@ -30,11 +30,15 @@ def init(original: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: 
     setattr(scheduler, _EXTENSION, None)
     try:
         hooks.verify_version()
-        hooks.install(hooks.Scope.SCHEDULER)
+        several = server_args.tp_size > 1
+        hooks.install(hooks.Scope.SCHEDULER, *((hooks.Scope.RANKS,) if several else ()))
         original(scheduler, server_args, *args, **kwargs)
-        from sglang_star.extension import Extension
-
-        setattr(scheduler, _EXTENSION, Extension(scheduler, config))
+        # Both import what only a scheduler has.
+        if several:
+            from sglang_star.ranks.member import Member as Part
+        else:
+            from sglang_star.single import Single as Part  # type: ignore[assignment]
+        setattr(scheduler, _EXTENSION, Part(scheduler, config))
     except StarError as error:
         # SystemExit passes SGLang's own handler, so that ours is the last readable line.
         print(f"STAR: {error}", file=sys.stderr, flush=True)
@@ -45,9 +49,10 @@ def get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """AFTER ``Scheduler.get_init_info``."""
     from msgspec import structs
 
-    star = getattr(scheduler, _EXTENSION)
-    info["star"] = structs.asdict(star.advertisement)
-    info["star_order_address"] = star.order_address
+    front = getattr(scheduler, _EXTENSION).front
+    if front is not None:
+        info["star"] = structs.asdict(front.advertisement)
+        info["star_order_address"] = front.links.order_address
     return info
 
 
@@ -78,6 +83,19 @@ def get_output_streamer_class(base: Any, scheduler: Any) -> Any:
 def ingest_requests(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Scheduler.ingest_requests``."""
     getattr(scheduler, _EXTENSION).tick()
+
+
+def pull_raw_reqs(recv_reqs: list[Any] | None, receiver: Any) -> None:
+    """AFTER ``SchedulerRequestReceiver._pull_raw_reqs``; on ranks that pull nothing it is None."""
+    star = getattr(_scheduler, _EXTENSION, None)
+    if star is not None and recv_reqs is not None:
+        star.pull(recv_reqs)
+
+
+def recv_requests(recv_reqs: list[Any], receiver: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    """AFTER ``SchedulerRequestReceiver.recv_requests``, on every rank."""
+    star = getattr(_scheduler, _EXTENSION, None)
+    return recv_reqs if star is None else list(star.received(recv_reqs))
 
 
 def create_generation_req(

@@ -91,8 +91,10 @@ async def random_moves(fleet: Fleet, chance: random.Random) -> None:
         await asyncio.sleep(0.02)
 
 
-async def storm(fleet: Fleet, twins: dict[int, list[int]]) -> tuple[int, int]:
-    """Run all requests; returns how many were cut on purpose, and how many moves were armed."""
+async def storm(
+    fleet: Fleet, twins: dict[int, list[int]], requests: int = REQUESTS
+) -> tuple[int, int]:
+    """Run so many requests; returns how many were cut on purpose, and how many moves were armed."""
     names, urls = list(fleet.engines), list(fleet.engines.values())
     armed = 0
     chance = random.Random(SEED)
@@ -133,7 +135,7 @@ async def storm(fleet: Fleet, twins: dict[int, list[int]]) -> tuple[int, int]:
         else:
             assert tokens == expected, number
 
-    await asyncio.gather(*(one(number) for number in range(REQUESTS)))
+    await asyncio.gather(*(one(number) for number in range(requests)))
     return cuts, armed
 
 

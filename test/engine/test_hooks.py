@@ -37,7 +37,7 @@ def wrapped():
 before = wrapped()
 plugin.install()
 seen = {"wrapped_without_star": sorted(wrapped() - before)}
-hooks.install(hooks.Scope.SERVER, hooks.Scope.SCHEDULER)
+hooks.install(hooks.Scope.SERVER, hooks.Scope.SCHEDULER, hooks.Scope.RANKS)
 seen["installed"] = len(hooks._registered)
 others = [row.target for row in hooks._registered if not row.is_for(sglang.__version__)]
 seen["of_other_releases"] = others
@@ -99,7 +99,7 @@ def test_help_shows_the_group() -> None:
     ("flags", "message"),
     [
         (("--star", "--star-predictor", "/no/such.safetensors"), "does not exist"),
-        (("--star", "--tp-size", "2"), "--tp-size 2"),
+        (("--star", "--pp-size", "2"), "--pp-size 2"),
         (("--star-max-moves", "2"), "needs --star"),
     ],
 )

@@ -79,6 +79,7 @@ class History:
         self.weather = Weather()
         self.labelled: dict[bytes, Node] = {}
         self.fetches: set[Any] = set()
+        self.blind_pairs: set[tuple[str, str]] = set()
         self.trace: list[tuple[float, str, str, tuple[Any, ...]]] = []
         self.failure = ""
         self.stack = ""
@@ -314,6 +315,11 @@ class History:
         for node in self.nodes.values():
             if node.alive:
                 node.link.healed()
+
+    def blind(self, one: str, other: str, lasts: float) -> None:
+        """The one cannot read the other's memory, while messages pass."""
+        self.blind_pairs.add((one, other))
+        self.clock.after(lasts, self.blind_pairs.discard, (one, other))
 
     def slow(self, one: str, other: str, late: float, lasts: float) -> None:
         """All that the one sends the other is late, in its order."""

@@ -20,6 +20,7 @@ class Allowed:
         lost: messages vanish; duplicated: come twice; stray: come once more much later, whatever
             was sent meanwhile; delayed: a connection stands still for a while.
         slow: what one instance sends to another is late, always by the same time.
+        blind: one cannot read another's memory over the network, while messages pass.
         cut: two instances cannot talk; frozen: a process stands still; stuck: its scheduler does
             while its heartbeats go on; killed: it dies, and mostly comes back under its name.
         flushed: the prefix cache is forgotten.
@@ -44,6 +45,7 @@ class Allowed:
     flushed: bool = True
     updated: bool = True
     guestlike: bool = True
+    blind: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,9 @@ def _faults(
         if dice.random() < 0.5:
             last = events[-1]
             events.append(Event(last.at, "pause", (name, span(), True, False), True))
+    if allowed.blind and some(0.2):
+        one = dice.choice(names)
+        add("blind", one, _other(dice, names, one), span())
     for at, _, spec in requests:
         if allowed.aborted and some(0.2):
             when = at + dice.expovariate(3.0)

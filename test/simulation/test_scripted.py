@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from simulation.history import History
@@ -9,6 +11,7 @@ from simulation.plan import EngineShape, Event, Plan
 from simulation.run import quiet
 from simulation.shrink import story
 from simulation.tokens import Spec
+from simulation.transport import Fetch
 
 
 def plan(*events: tuple[object, ...], overlap: bool, seed: int = 1) -> Plan:
@@ -46,3 +49,30 @@ def test_a_host_whose_scheduler_hangs_loses_its_guests(lasts: float, reclaimed: 
     history = History(plan((0.3, "move", "r0", "b", -1), (1.0, "stick", "b", lasts), overlap=False))
     assert not history.run(), story(history.plan, history)
     assert history.nodes["a"].mover.log.outcomes["reclaimed"] == reclaimed
+
+
+@pytest.mark.parametrize(
+    ("overlap", "looks"),
+    [(False, True), (True, True), (False, False)],
+    ids=["stamps", "stamps-overlap", "no-stamps"],
+)
+def test_a_target_that_reads_a_slot_when_another_move_has_it(
+    overlap: bool, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B gives a move to C up and sends another request; C reads then, and has the commit."""
+    quiet()
+    if not looks:
+        monkeypatch.setattr(Fetch, "intact", lambda fetch: True)
+    made = plan(
+        (0.3, "move", "r0", "b", -1),
+        (1.0, "move", "r0", "c", 0),
+        (1.032, "stick", "c", 2.3),
+        (1.2, "cut_off", "b", "c", 8.0),
+        (3.06, "move", "r1", "a", 0),
+        overlap=overlap,
+    )
+    other = Spec("r1", tuple(range(9, 90)), 300, 10**9, -1, 0.0, sampled=True)
+    history = History(replace(made, requests=(*made.requests, (0.0, "b", other))))
+    failure = history.run()
+    assert ("wrong" in failure) != looks, story(history.plan, history)
+    assert not (looks and failure), story(history.plan, history)

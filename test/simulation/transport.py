@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from simulation.node import Node
 
 SLOTS = 6
-START_S, REMOTE_S, SILENCE_S = 0.05, 0.02, 0.5
+START_S, REMOTE_S, SILENCE_S = 0.05, 0.02, 0.2
 
 
 class Staging(Region):
@@ -118,7 +118,11 @@ class Fetch:
         if not self._reader.remote:
             return source.staging.data[self._grant.index]
         world = here.world
-        if world.cut(here.peer.address, source.peer.address) or not source.alive:
+        if (
+            world.cut(here.peer.address, source.peer.address)
+            or not source.alive
+            or (here.name, source.name) in world.blind_pairs
+        ):
             if world.clock.now - self._since > SILENCE_S:
                 raise PeerError("nothing came from it")
             return None

@@ -89,7 +89,7 @@ IN_MODULE = {
     ("status", "prealloc"): "sglang.srt.disaggregation.decode.DecodePreallocQueue",
     ("status", "waiting"): "sglang.srt.disaggregation.decode.DecodeRequest",
     ("status", "last"): _BATCH,
-    ("extension", "args"): _ARGS,
+    ("front", "args"): _ARGS,
     ("identity", "args"): _ARGS,
     ("identity", "config"): _CONFIG,
     ("rooms", "tokenized_obj"): _MANAGERS + "io_struct.TokenizedGenerateReqInput",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_star.errors import PeerError
-from sglang_star.migration.transport import nixl
+from sglang_star.migration.transport import nixl_pump
 from sglang_star.migration.transport.base import Grant
 from sglang_star.migration.transport.memory import HostRegion
 from sglang_star.migration.transport.nixl import Nixl
@@ -112,7 +112,7 @@ def test_a_peer_can_be_met_again(here: Nixl) -> None:
 def test_a_peer_that_is_gone_or_silent_fails_what_is_read_of_it(
     here: Nixl, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nixl, "SILENCE_S", 1.0)
+    monkeypatch.setattr(nixl_pump, "SILENCE_S", 1.0)
     with another_process(SOURCE, f"{how.name}/1") as child, another_process(SOURCE, "ok/1") as fine:
         reader = here.open(bytes.fromhex(child.stdout.readline().split()[0]))
         other = here.open(bytes.fromhex(fine.stdout.readline().split()[0]))

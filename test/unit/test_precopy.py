@@ -37,6 +37,7 @@ def move(name: str = "m", *sizes: int, off_batch: bool = False) -> Any:
         off_batch=off_batch,
         machine=SimpleNamespace(state=Sending.COPYING),
         on_their_way=len(sizes),
+        full=bool(sizes),
         ahead=sum(sizes),
     )
 
@@ -45,7 +46,7 @@ def measured(rate: int, seconds: int = 10, config: StarConfig | None = None) -> 
     """A way that has carried so many bytes a second up to second 10."""
     precopy = Precopy(config or StarConfig(predictor="off"))
     for second in range(seconds + 1):
-        precopy.took(THERE, rate)  # of nothing in the first: nobody is measured yet
+        precopy.took(THERE, rate)  # not counted in the first: nothing was on its way before
         precopy.look([move("m", 1)], float(second))
         precopy.leave([move("m", 1)])
     return precopy
@@ -72,6 +73,17 @@ def test_nothing_is_concluded_from_little_or_old_knowledge() -> None:
     assert precopy.refusal(THERE, MB, 2.0 * MB, 30.0, 10.0 + FRESH_S + 1) == ""
     precopy.forget(THERE)
     assert precopy.refusal(THERE, MB, 2.0 * MB, 30.0, 10.0) == ""
+
+
+def test_what_waits_for_step_boundaries_only_measures_nothing() -> None:
+    precopy = Precopy(StarConfig(predictor="off"))
+    little = move("little", 10)
+    little.full = False
+    for second in range(20):
+        precopy.took(THERE, 10)
+        precopy.look([little], float(second))
+        precopy.leave([little])
+    assert precopy.refusal(THERE, MB, MB, 1.0, 20.0) == ""
 
 
 def test_a_cap_counts_as_the_way() -> None:
@@ -133,7 +145,7 @@ def test_a_rate_is_kept_over_time() -> None:
 
 
 def test_a_move_over_a_way_that_is_too_slow_is_ended_and_the_next_one_refused() -> None:
-    """The target takes one piece in a second, in which the request makes more."""
+    """The target takes one piece of 64 tokens in the time in which the request makes a hundred."""
     engine = Engine()
     clock = [0.0]
     engine.now = lambda: clock[0]  # type: ignore[method-assign]
@@ -143,7 +155,8 @@ def test_a_move_over_a_way_that_is_too_slow_is_ended_and_the_next_one_refused() 
     while engine.sender.moves:
         clock[0] += 0.5
         assert clock[0] < 10.0, "long before its deadline"
-        for stamp in list(sent.filled)[:1]:
+        req.output_ids.extend([0] * 100)
+        for stamp in list(sent.filled)[:1] if sent.full else ():
             engine.sender.on_taken(engine.answer(PagesTaken, sent, stamp=stamp))
         engine.sender.step(NoFaults())
     [report] = engine.log.reports

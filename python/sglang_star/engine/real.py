@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +14,7 @@ from sglang.srt.runtime_context import get_serving
 
 from sglang_star.engine import batch, codec, replay
 from sglang_star.engine.bounds import Bounds
+from sglang_star.engine.clock import Clock, RealClock
 from sglang_star.engine.copies import Unloading
 from sglang_star.engine.pages import KvPages
 from sglang_star.engine.tickets import Tickets
@@ -32,16 +31,26 @@ if TYPE_CHECKING:
 class SglangEngine:
     """See :class:`~sglang_star.engine.verbs.Engine`.
 
+    Args:
+        clock: its time and its new names; several ranks have one in common.
+        agree: see :class:`Tickets`; with several ranks.
+
     Attributes:
-        pages: its KV memory.
+        pages: its KV memory; tickets: copies of KV.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clock: Clock | None = None,
+        agree: Callable[[Sequence[int]], Sequence[int]] | None = None,
+    ) -> None:
         self._scheduler = scheduler
+        self._clock = clock or RealClock()
         self._outputs: dict[str, array[int]] = {}
         model = scheduler.model_config
         self._bounds = Bounds(model.vocab_size, model.context_len)
-        self._tickets = Tickets()
+        self.tickets = Tickets(agree)
         self._draining: list[tuple[Collection[int], Req]] = []
         self.pages = KvPages(scheduler)
         self.unsupported = self.pages.unsupported
@@ -52,16 +61,16 @@ class SglangEngine:
     # ------------------------------------------------------------------ time and names
 
     def now(self) -> float:
-        """Monotonic seconds."""
-        return time.monotonic()
+        """See :class:`Engine`."""
+        return self._clock.now()
 
     def wall(self) -> float:
-        """Seconds since the epoch."""
-        return time.time()
+        """See :class:`Engine`."""
+        return self._clock.wall()
 
     def new_id(self) -> str:
-        """128 random bits, in hexadecimal."""
-        return uuid.uuid4().hex
+        """See :class:`Engine`."""
+        return self._clock.new_id()
 
     def weights(self) -> str:
         """See :class:`Engine`."""
@@ -148,7 +157,7 @@ class SglangEngine:
     def gather(self, req: Req, start: int, end: int, slot: torch.Tensor) -> int:
         """See :class:`Engine`; ``slot`` is uint8 ``[slot_bytes]``."""
         # Written by steps whose results are in: there is nothing to wait for.
-        return self._tickets.begin(self.pages.gather(req, start, end, slot))
+        return self.tickets.begin(self.pages.gather(req, start, end, slot))
 
     def release(self, req: Req, *, keep_prefix: bool, after: Collection[int] = ()) -> None:
         """See :class:`Engine`."""
@@ -161,8 +170,8 @@ class SglangEngine:
 
     def poll(self) -> None:
         """See :class:`Engine`."""
-        if self._tickets:
-            self._tickets.poll()
+        if self.tickets:
+            self.tickets.poll()
         if self._draining:
             waiting, self._draining = self._draining, []
             for after, holder in waiting:
@@ -173,11 +182,11 @@ class SglangEngine:
 
     def copied(self, ticket: int) -> bool:
         """See :class:`Engine`."""
-        return self._tickets.is_over(ticket)
+        return self.tickets.is_over(ticket)
 
     def failure(self, ticket: int) -> str:
         """See :class:`Engine`."""
-        return self._tickets.failure(ticket)
+        return self.tickets.failure(ticket)
 
     def draining(self) -> bool:
         """See :class:`Engine`."""
@@ -233,7 +242,7 @@ class SglangEngine:
         """See :class:`Engine`."""
         # A finished request's redundant last step may still write pages we just got.
         after = [self._scheduler.forward_stream] if self._scheduler.enable_overlap else []
-        return self._tickets.begin(
+        return self.tickets.begin(
             Unloading(fetch, self.pages.scatter(req, start, end, after=after))
         )
 

@@ -44,11 +44,14 @@ class Tickets:
         agree: takes how the copies under way fare here, in order of their tickets, and returns how
             they fare on all ranks: a minimum by element. None where there is one rank only; a copy
             that is over as soon as it is begun is known to be at once then.
+
+    Attributes:
+        begun: copies so far.
     """
 
     def __init__(self, agree: Callable[[Sequence[int]], Sequence[int]] | None = None) -> None:
         self._agree = agree
-        self._begun = 0
+        self.begun = 0
         self._under_way: dict[int, Copy] = {}
         self._here: dict[int, Copying] = {}
         self._failures: OrderedDict[int, str] = OrderedDict()
@@ -59,8 +62,8 @@ class Tickets:
 
     def begin(self, copy: Copy) -> int:
         """Take up a copy that was just begun; its ticket."""
-        self._begun += 1
-        ticket = self._begun
+        self.begun += 1
+        ticket = self.begun
         self._under_way[ticket] = copy
         self._look(ticket)
         if self._agree is None:

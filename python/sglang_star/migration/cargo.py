@@ -26,6 +26,8 @@ class Cargo:
         self._engine = engine
         self._post = post
         self._config = config
+        # Of moves that are over: pieces that are still being copied into their slots.
+        self._draining: list[Loaded] = []
         # No more than this is a last bit, not worth another step of waiting.
         self._small = max(engine.page_size, 2)
 
@@ -42,12 +44,22 @@ class Cargo:
         assert region is not None, "pages go before the target has chosen a transport"
         ready = self._ready(move)
         loaded = 0
-        while move.on_their_way < sizes.pieces and move.sent < ready:
+        move.full = False
+        while move.sent < ready:
             last_bit = move.off_batch and ready - move.sent <= self._small
-            if (loaded >= budget or move.ahead >= sizes.ahead) and not last_bit:
+            move.full = move.on_their_way >= sizes.pieces or move.ahead >= sizes.ahead
+            if move.on_their_way >= sizes.pieces or (
+                (move.full or loaded >= budget) and not last_bit
+            ):
                 break
-            end = min(ready, move.sent + self._piece(region, sizes.piece))
+            piece = self._piece(region, sizes.piece)
+            if move.on_their_way and not move.off_batch and ready - move.sent < piece:
+                # It would be followed by as little in every step, and the way never clear.
+                move.full = False
+                break
+            end = min(ready, move.sent + piece)
             if (grant := region.grant()) is None:
+                move.full = True
                 break
             loaded += (end - move.sent) * move.token_bytes
             ticket = self._engine.gather(move.req, move.sent, end, region.view(grant))
@@ -99,6 +111,32 @@ class Cargo:
             )
         budget = min(region.slot_bytes, self._config.copy_bytes_per_step, wanted)
         return max(1, min(budget // page_bytes, MAX_TOKENS // page)) * page
+
+    @property
+    def draining(self) -> bool:
+        """Whether slots of moves that are over are still being filled."""
+        return bool(self._draining)
+
+    def unload(self, move: Outgoing) -> None:
+        """A move is over: give its slots up; those that are being filled, once that is over.
+
+        The target may still read one. It will see by the stamp that it read too late.
+        """
+        for piece in move.filled.values():
+            piece.region.give(piece.grant)
+        move.filled.clear()
+        self._draining += move.loading
+        move.loading.clear()
+        self.drain()
+
+    def drain(self) -> None:
+        """Give up what was still being filled when its move ended, and is not any more."""
+        waiting, self._draining = self._draining, []
+        for piece in waiting:
+            if self._engine.copied(piece.ticket):
+                piece.region.give(piece.grant)
+            else:
+                self._draining.append(piece)
 
     def nearly_all(self, move: Outgoing) -> bool:
         """Whether what the request decodes is all that is left to gather."""

@@ -78,6 +78,10 @@ class Mailbox:
         """Whether there is something to take while a step runs."""
         return bool(self._urgent)
 
+    def has(self, kind: type[Message]) -> bool:
+        """Whether an ordinary message of that kind waits."""
+        return any(isinstance(item, kind) for item in list(self._ordinary))
+
     def is_empty(self) -> bool:
         """Whether there is nothing to take; call before anything that waits for :attr:`wake`.
 

@@ -19,7 +19,7 @@ from sglang_star.migration.armed import ArmedOrders
 from sglang_star.migration.home import Home
 from sglang_star.migration.host import Host
 from sglang_star.migration.post import PeerLost, Post
-from sglang_star.migration.report import MoveLog
+from sglang_star.migration.report import MoveLog, Stopwatch
 from sglang_star.migration.sender import Sender
 from sglang_star.migration.target import Target
 from sglang_star.migration.transport.choice import Transports
@@ -50,6 +50,9 @@ AnyRequest = TypeVar("AnyRequest", bound=Request)
 class Mover:
     """All moves from, to and for one engine.
 
+    Args:
+        stopwatch: measures what clients notice, between two steps as well; the engine, if none.
+
     Attributes:
         sender: moves from here; target: moves that come here; host: guests that decode here;
             home: our own streams that decode elsewhere; armed: orders that wait for their
@@ -64,9 +67,10 @@ class Mover:
         fingerprint: str,
         faults: Faults,
         transports: Transports,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         timeout_s = config.peer_timeout_s
-        self.log = MoveLog(engine)
+        self.log = MoveLog(stopwatch or engine)
         self.armed = ArmedOrders()
         self.home = Home(engine, post, self.log, self._over, timeout_s=timeout_s)
         self.host = Host(engine, post, timeout_s=timeout_s)
@@ -129,6 +133,11 @@ class Mover:
         for move in self.target.moves.values():
             pairs |= {(peer, move.stream_id) for peer in (move.reserve.home, move.reserve.source)}
         return frozenset(pair for pair in pairs if pair[0] != self._post.peer)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the next step boundary has work though no message came."""
+        return bool(self.sender.busy or self.target.moves or self._engine.draining())
 
     @property
     def under_way(self) -> bool:

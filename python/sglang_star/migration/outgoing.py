@@ -27,6 +27,8 @@ class Outgoing:
         token_bytes: size of one KV position.
         loading: pieces that are being copied, oldest first; filled: those that the target has
             been told of and still reads, by stamp.
+        full: whether there was more to gather at the last step boundary than may be on its way.
+        copied_from: (monotonic seconds, KV positions) when the target had answered.
         sent: KV positions gathered so far; precopied: of these, before parking.
         deadline: monotonic seconds; started_at: seconds since the epoch.
         hold_at: output tokens at which the request leaves the batch whatever was copied by then;
@@ -54,6 +56,8 @@ class Outgoing:
     transport_reason: str = ""
     loading: deque[Loaded] = field(default_factory=deque)
     filled: dict[int, Loaded] = field(default_factory=dict)
+    full: bool = False
+    copied_from: tuple[float, int] = (0.0, 0)
     sent: int = 0
     precopied: int = 0
 

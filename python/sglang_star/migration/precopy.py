@@ -38,12 +38,15 @@ YIELD_S: Final = 1.0
 
 
 class Meter:
-    """How fast KV comes to one target, over the time in which any is on its way.
+    """How fast KV comes to one target while as much as may be is on its way.
+
+    A piece waits for a step boundary at either end: while little is on its way, that is all one
+    would measure.
 
     Attributes:
         taken: bytes; busy_s: seconds; older ones count less.
         looked_at: when a move was under way there last, monotonic seconds.
-        busy: whether something was on its way when the last step boundary was left.
+        busy: whether the way was full when the last step boundary was left.
     """
 
     def __init__(self) -> None:
@@ -103,11 +106,11 @@ class Precopy:
     def leave(self, moves: Collection[Outgoing]) -> None:
         """The step boundary is left with these moves."""
         for target, meter in self._meters.items():
-            meter.busy = any(move.on_their_way for move in moves if move.target == target)
+            meter.busy = any(move.full for move in moves if move.target == target)
 
     def took(self, target: Peer, size: int) -> None:
         """The target has taken so many bytes in."""
-        if (meter := self._meters.get(target)) is not None:
+        if (meter := self._meters.get(target)) is not None and meter.busy:
             meter.taken += size
 
     def forget(self, target: Peer) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from sglang_star.engine.verbs import Engine, Request
+from sglang_star.engine.verbs import Request
 from sglang_star.protocol import MoveFacts, MoveReport
 from sglang_star.star_request import star_of
 
@@ -27,6 +28,16 @@ class MoveClock:
     arrivals: list[tuple[str, str, MoveFacts]] = field(default_factory=list)
 
 
+class Stopwatch(Protocol):
+    """What stalls are measured with; nothing is decided by it."""
+
+    def now(self) -> float:
+        """Seconds of a clock that never jumps."""
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+
+
 class MoveLog:
     """Reports of the latest moves.
 
@@ -35,8 +46,8 @@ class MoveLog:
         outcomes: counts since start, by outcome.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
         self.reports: deque[MoveReport] = deque(maxlen=KEPT)
         self.outcomes: Counter[str] = Counter()
 
@@ -44,7 +55,7 @@ class MoveLog:
         """The request's clock, started now if it has none."""
         star = star_of(req)
         if star.clock is None:
-            star.clock = MoveClock(self._engine.now())
+            star.clock = MoveClock(self._stopwatch.now())
         return star.clock
 
     def add(self, report: MoveReport) -> None:
@@ -54,7 +65,7 @@ class MoveLog:
 
     def recent(self) -> tuple[MoveReport, ...]:
         """Reports of the last :data:`RECENT_S` seconds."""
-        horizon = self._engine.wall() - RECENT_S
+        horizon = self._stopwatch.wall() - RECENT_S
         return tuple(report for report in self.reports if report.finished_at >= horizon)
 
     def arrived(self, req: Request, migration_id: str, target: str, facts: MoveFacts) -> None:
@@ -67,7 +78,7 @@ class MoveLog:
 
     def token(self, req: Request, ticking: MoveClock) -> None:
         """A client of ours got new tokens of a request that has this clock."""
-        now = self._engine.now()
+        now = self._stopwatch.now()
         gap_s, ticking.last_token_at = now - ticking.last_token_at, now
         arrivals, ticking.arrivals = ticking.arrivals, []
         for migration_id, target, facts in arrivals:
@@ -90,6 +101,6 @@ class MoveLog:
                     transport=facts.transport,
                     transport_reason=facts.transport_reason,
                     started_at=facts.started_at,
-                    finished_at=self._engine.wall(),
+                    finished_at=self._stopwatch.wall(),
                 )
             )

@@ -21,7 +21,6 @@ from sglang_star.migration.home import Home
 from sglang_star.migration.movable import check
 from sglang_star.migration.outgoing import Outgoing, reservation
 from sglang_star.migration.pace import Pace
-from sglang_star.migration.piece import Loaded
 from sglang_star.migration.post import Post
 from sglang_star.migration.precopy import Precopy
 from sglang_star.migration.report import MoveLog
@@ -73,8 +72,6 @@ class Sender:
         self._moved_on = moved_on
         self._streams = 0
         self._transports = transports
-        # Of moves that are over: pieces that are still being copied into their slots.
-        self._draining: list[Loaded] = []
         self._cargo = Cargo(engine, post, config)
         self._precopy = Precopy(config)
         self._pace = Pace(config.copy_bytes_per_step, config.copy_bytes_per_s)
@@ -154,7 +151,7 @@ class Sender:
 
     def step(self, faults: Faults) -> None:
         """Advance every move by at most the copy budget; called between decode steps."""
-        self._drain()
+        self._cargo.drain()
         now = self._engine.now()
         self._precopy.look(self.moves.values(), now)
         budget = self._pace.allowed(now)
@@ -230,10 +227,12 @@ class Sender:
 
     def _hopeless(self, move: Outgoing) -> str:
         """Why a move that is under way cannot come to its end in time; empty if it can."""
-        size = move.token_bytes
-        made = size / (move.step_ms / 1e3) if move.step_ms and move.hold_at is None else 0.0
-        missing = (self._engine.written(move.req) - move.sent) * size + move.ahead
-        now = self._engine.now()
+        now, written = self._engine.now(), self._engine.written(move.req)
+        since, before = move.copied_from
+        made = 0.0
+        if move.hold_at is None and now > since:
+            made = (written - before) * move.token_bytes / (now - since)
+        missing = (written - move.sent) * move.token_bytes + move.ahead
         return self._precopy.refusal(move.target, missing, made, move.deadline - now, now)
 
     def _load(self, move: Outgoing, budget: int) -> int:
@@ -260,6 +259,7 @@ class Sender:
             self.cancel(move, "failed", error.message)
             return
         move.machine.fire(SendingEvent.RESERVED)
+        move.copied_from = self._engine.now(), self._engine.written(move.req)
         move.transport, move.transport_reason = message.transport, message.reason
         logger.info("STAR: KV of %s goes by %s", move.client_rid, message.reason)
 
@@ -287,7 +287,7 @@ class Sender:
             return
         del self.moves[move.migration_id]
         self._engine.release(move.req, keep_prefix=True)
-        self._give_slots(move)
+        self._cargo.unload(move)
         move.machine.fire(SendingEvent.INSERTED)
         if move.home == self._post.peer:
             self._home.lend(move.req, message)
@@ -364,7 +364,7 @@ class Sender:
     @property
     def busy(self) -> bool:
         """Whether there is something to do at the next step boundary."""
-        return bool(self.moves or self._draining)
+        return bool(self.moves or self._cargo.draining)
 
     def abort(self, move: Outgoing, detail: str) -> None:
         """End a move whose request is off the batch and aborted; the caller ends the request."""
@@ -392,32 +392,12 @@ class Sender:
 
     def _close(self, move: Outgoing, outcome: str, detail: str, *, tell: bool = True) -> None:
         """Tell target and log how the move ended."""
-        self._give_slots(move)
+        self._cargo.unload(move)
         if tell:
             self._send(Release(route=move.route, reason=detail), move)
         context = self._engine.tokens(move.req)
         self._log.add(move.failed(outcome, detail, context, self._engine.wall()))
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
-
-    def _give_slots(self, move: Outgoing) -> None:
-        """Give its slots up: of those that are being filled, once that is over.
-
-        The target may still read one. It will see by the stamp that it read too late.
-        """
-        for piece in move.filled.values():
-            piece.region.give(piece.grant)
-        move.filled.clear()
-        self._draining += move.loading
-        move.loading.clear()
-        self._drain()
-
-    def _drain(self) -> None:
-        waiting, self._draining = self._draining, []
-        for piece in waiting:
-            if self._engine.copied(piece.ticket):
-                piece.region.give(piece.grant)
-            else:
-                self._draining.append(piece)
 
     # ------------------------------------------------------------------ small things
 

@@ -18,6 +18,7 @@ import msgspec
 import torch
 from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_star.config import BUILTIN_HEAD, PREDICTOR_OFF, StarConfig
 from sglang_star.errors import ConfigError
@@ -151,6 +152,8 @@ def init_tp_model_worker(result: None, scheduler: Any) -> None:
     """
     global _attached
     star: StarConfig | None = getattr(scheduler.server_args, ATTRIBUTE, None)
+    if get_parallel().tp_rank > 0:
+        return  # all ranks see the same states, and only what rank 0 thinks of them goes anywhere
     if star is not None and (star.predictor != PREDICTOR_OFF or star.collect):
         _attached = _build(star, scheduler.server_args, scheduler.tp_worker.model_runner)
 

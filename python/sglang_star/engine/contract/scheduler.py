@@ -19,13 +19,14 @@ _ABORT_REQ: Final = "sglang.srt.managers.io_struct.AbortReq"
 ROWS: Final[tuple[Row, ...]] = (
     Module(_MODULE, "loaded in processes that schedule", "plugin platform.preloaded"),
     Class(_S, "ours rides on it as the attribute _star", "scheduler extension"),
-    Attribute(_S + ".server_args", "the configuration; host and port", "extension identity"),
+    Attribute(_S + ".server_args", "the configuration; host and port", "front identity scheduler"),
     Attribute(_S + ".model_config", "the fingerprint; batches are made with it", "identity"),
     Attribute(
         _S + ".disaggregation_mode", "the instance's role", "status engine.real engine.batch"
     ),
     Attribute(_S + ".enable_overlap", "a step is in flight at a boundary", "engine.batch"),
     Attribute(_S + ".tp_worker", "holds the model runner", "predictor.runner"),
+    Attribute(_S + ".tp_cpu_group", "ranks agree over it", "ranks.member"),
     Attribute(_S + "._engine_paused", "whether steps are made", "engine.real engine.batch"),
     Attribute(_S + ".max_running_requests", "most requests in a batch", "engine.real"),
     # The batch.
@@ -34,7 +35,7 @@ ROWS: Final[tuple[Row, ...]] = (
         _S + ".last_batch", "its requests are reported, and may be running", "status engine.batch"
     ),
     Attribute(_S + ".waiting_queue", "requests that wait, or are to join", "status"),
-    Attribute(_S + ".result_queue", "steps in flight under overlap", "extension"),
+    Attribute(_S + ".result_queue", "steps in flight under overlap", "single ranks.member"),
     Attribute(_S + ".future_map", "where a joining request's next input goes", "engine.batch"),
     Attribute(_S + ".spec_algorithm", "batches are made with it", "engine.batch"),
     # Memory.
@@ -55,11 +56,11 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_S + ".output_streamer", "a shadow's tokens leave by it", "engine.real"),
     Attribute(_S + ".batch_result_processor", "what a new token entails", "engine.real"),
     Attribute(_S + ".grammar_manager", "a guest may wait for its grammar", "engine.real"),
-    Attribute(_S + ".idle_sleeper", "a message of ours wakes an idle scheduler", "extension"),
+    Attribute(_S + ".idle_sleeper", "a message of ours wakes an idle scheduler", "front"),
     Attribute(
         _PARTS + ".idle_sleeper.IdleSleeper.poller",
         "a message of ours wakes an idle scheduler",
-        "extension",
+        "front",
     ),
     Attribute(_GRAMMARS + ".grammar_queue", "a guest may wait for its grammar", "engine.real"),
     # Calls.

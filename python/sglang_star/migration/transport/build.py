@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from sglang_star.config import StarConfig
@@ -49,6 +49,7 @@ def build(
     pool_bytes: int,
     moves: bool = True,
     now: Callable[[], float] = time.monotonic,
+    made: Callable[[Sequence[Transport], Callable[[], float]], Transports] = Transports,
 ) -> Transports:
     """Make them; what cannot be had is logged and left out of what is offered.
 
@@ -59,9 +60,10 @@ def build(
         page_bytes: size of a KV page; pool_bytes: of all of them.
         moves: whether any request can move from or to here.
         now: monotonic seconds.
+        made: of them; several ranks have another class.
     """
     if not moves:
-        return Transports((), now)
+        return made((), now)
     slots, slot_bytes = slot_shape(config, page_bytes, pool_bytes)
     cuda = device.startswith("cuda")
     wanted = names(config, device)
@@ -83,4 +85,4 @@ def build(
     if config.transport != AUTO:
         for kind in kinds:
             kind.start()
-    return Transports(kinds, now)
+    return made(kinds, now)
