@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sgl_kernel_ext.build import HOST, BuildError, Target, build, local
+from sgl_kernel_ext.build import BuildError, build, cuda, host, of_this_machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sgl_kernel_ext", description=__doc__)
     parser.add_argument("--arch", nargs="+", metavar="CC", help="CUDA for these, such as 90 120")
     args = parser.parse_args(argv)
-    targets = [HOST, Target("cuda", tuple(sorted(args.arch)))] if args.arch else local()
+    targets = [host(), cuda(args.arch)] if args.arch else of_this_machine()
     failed = 0
     for target in targets:
         try:

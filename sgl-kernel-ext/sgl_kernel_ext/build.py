@@ -13,13 +13,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 CSRC: Final = Path(__file__).parent / "csrc"
 CACHE: Final = "STAR_KERNEL_CACHE"
-COMMON: Final = ("-std=c++17", "-O3", "-shared")
+COMMON: Final = ("-std=c++17", "-O3")
+SHARED: Final = ("-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 TIMEOUT_S: Final = 600.0
 
 
@@ -29,49 +31,70 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One library.
+    """One file to make.
 
     Attributes:
-        name: ``host`` or ``cuda``.
-        architectures: compute capabilities such as ``90`` or ``100a``; of ``cuda`` only.
+        name: what its file name begins with.
+        sources: the files to compile; all of ``csrc`` counts as included.
+        flags: of the compiler, without places.
+        cuda: it takes nvcc.
+        suffix: of the file.
     """
 
     name: str
-    architectures: tuple[str, ...] = ()
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """File names in ``csrc``; what they include counts as well, so all of it is hashed."""
-        if self.name == "host":
-            return ("binding_host.cc",)
-        return ("kv_copy.cu", "binding_cuda.cc")
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """The compiler's flags, without places."""
-        if self.name == "host":
-            return (*COMMON, "-fPIC", "-fvisibility=hidden", "-pthread")
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
-        return (*COMMON, "-Xcompiler=-fPIC,-fvisibility=hidden", *codes)
+    sources: tuple[Path, ...]
+    flags: tuple[str, ...]
+    cuda: bool = False
+    suffix: str = ".so"
 
 
-HOST: Final = Target("host")
+def host() -> Target:
+    """The library for host pools."""
+    # A piece that the compiler knows to be short it would copy byte by byte.
+    flags = (*COMMON, *SHARED, "-fno-builtin-memcpy", *_vectors())
+    return Target("host", (CSRC / "binding_host.cc",), flags)
+
+
+def cuda(capabilities: Iterable[str]) -> Target:
+    """The library for CUDA pools on GPUs of these compute capabilities, such as ``90``."""
+    flags = (*COMMON, "-shared", f"-Xcompiler={','.join(SHARED[1:])}", *gencode(capabilities))
+    return Target("cuda", (CSRC / "kv_copy.cu", CSRC / "binding_cuda.cc"), flags, cuda=True)
+
+
+def gencode(capabilities: Iterable[str]) -> tuple[str, ...]:
+    """nvcc's flags for machine code of all of them."""
+    return tuple(f"-gencode=arch=compute_{c},code=sm_{c}" for c in sorted(set(capabilities)))
+
+
+def of_this_machine() -> list[Target]:
+    """What there is a use for here: always ``host``, and ``cuda`` where torch sees a device."""
+    import torch
+
+    return [host(), of_devices()] if torch.cuda.is_available() else [host()]
+
+
+def of_devices() -> Target:
+    """The library for the GPUs that torch sees."""
+    import torch
+
+    seen = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return cuda(f"{major}{minor}" for major, minor in seen)
 
 
 def path_of(target: Target) -> Path:
-    """Where the library lies once it is built: another file for every source and flag."""
+    """Where a target lies once it is built: another file for every source and flag."""
     from tvm_ffi import __version__
 
     digest = hashlib.sha256()
-    for word in (__version__, platform.machine(), *target.sources, *target.flags):
+    for word in (__version__, platform.machine(), *target.flags):
         digest.update(word.encode() + b"\0")
-    for source in sorted(CSRC.iterdir()):
-        digest.update(source.read_bytes())
-    return cache() / f"{target.name}-{digest.hexdigest()[:16]}.so"
+    for source in (*target.sources, *sorted(CSRC.iterdir())):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return folder() / f"{target.name}-{digest.hexdigest()[:16]}{target.suffix}"
 
 
-def cache() -> Path:
-    """The folder of compiled libraries."""
+def folder() -> Path:
+    """The cache."""
     if named := os.environ.get(CACHE):
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -79,7 +102,7 @@ def cache() -> Path:
 
 
 def build(target: Target) -> Path:
-    """Compile a library unless it is there; return its path.
+    """Compile a target unless it is there; return its path.
 
     Safe from any number of processes: one compiles, the others wait for it, and the file appears
     whole or not at all.
@@ -110,12 +133,10 @@ def compiler(target: Target) -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    host = os.environ.get("CXX", "g++").split()
-    if shutil.which(host[0]) is None:
-        raise BuildError(f"no C++ compiler {host[0]!r}; install g++, or name one with CXX")
-    if target.name == "host":
-        return host
-    return [str(nvcc()), "-ccbin", host[0]]
+    cxx = os.environ.get("CXX", "g++")
+    if shutil.which(cxx) is None:
+        raise BuildError(f"there is no C++ compiler {cxx!r}; install g++, or name one with CXX")
+    return [str(nvcc()), "-ccbin", cxx] if target.cuda else [cxx]
 
 
 def nvcc() -> Path:
@@ -127,27 +148,31 @@ def nvcc() -> Path:
     if home := os.environ.get("CUDA_HOME"):
         return Path(home, "bin", "nvcc")
     # The packages come in torch's own CUDA version; what PATH has may be any.
-    if (spec := importlib.util.find_spec("nvidia")) and spec.submodule_search_locations:
-        for folder in spec.submodule_search_locations:
-            if found := sorted(Path(folder).glob("cu*/bin/nvcc")):
-                return found[-1]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec and spec.submodule_search_locations) or ():
+        if found := sorted(Path(root).glob("cu*/bin/nvcc")):
+            return found[-1]
     if on_path := shutil.which("nvcc"):
         return Path(on_path)
-    raise BuildError("no nvcc; install the package nvidia-cuda-nvcc, or set CUDA_HOME")
+    raise BuildError("there is no nvcc; install nvidia-cuda-nvcc, or set CUDA_HOME")
 
 
 def places(target: Target) -> list[str]:
     """Sources, include folders and libraries, as arguments."""
     from tvm_ffi import libinfo
 
-    library = Path(libinfo.find_libtvm_ffi())
-    return [
-        *(str(CSRC / source) for source in target.sources),
-        f"-I{libinfo.find_include_path()}",
-        f"-I{libinfo.find_dlpack_include_path()}",
-        f"-L{library.parent}",
-        "-ltvm_ffi",
-    ]
+    includes = (CSRC, libinfo.find_include_path(), libinfo.find_dlpack_include_path())
+    words = [*map(str, target.sources), *(f"-I{include}" for include in includes)]
+    if target.suffix == ".so":
+        words += [f"-L{Path(libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi"]
+    return words
+
+
+def _vectors() -> tuple[str, ...]:
+    # Part of the file's name, so that machines which share a cache get what they can run.
+    cpuinfo = Path("/proc/cpuinfo")
+    has = cpuinfo.exists() and " avx2 " in cpuinfo.read_text()
+    return ("-mavx2",) if has else ()
 
 
 def _compile(command: list[str], target: Target, path: Path) -> None:
@@ -168,20 +193,3 @@ def _compile(command: list[str], target: Target, path: Path) -> None:
             end = "\n".join(done.stdout.splitlines()[-20:])
             raise BuildError(f"compiling {target.name} failed: {' '.join(command)}\n{end}")
         os.replace(made, path)
-
-
-def local() -> list[Target]:
-    """What this machine has a use for: always ``host``, and ``cuda`` where torch sees a device."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return [HOST]
-    return [HOST, of_devices()]
-
-
-def of_devices() -> Target:
-    """``cuda`` for the devices that torch sees."""
-    import torch
-
-    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return Target("cuda", tuple(sorted(f"{major}{minor}" for major, minor in capabilities)))

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels on pointer tables; each tells whether there was a kernel to call."""
+"""Calls of the compiled kernels on pointer tables; each tells whether there was one to call."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Library:
         return self._module
 
     def _target(self) -> Target:
-        return build.HOST if self._name == "host" else build.of_devices()
+        return build.host() if self._name == "host" else build.of_devices()
 
     def _build(self, target: Target) -> None:
         try:

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from sgl_kernel_ext import as_token_rows, gather_kv, scatter_kv
+import sgl_kernel_ext as kernels
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -36,8 +36,9 @@ class KvPages:
         pool = self._allocator.get_kvcache()
         buffers = _buffers(pool)
         self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
-        self._rows = [as_token_rows(buffer) for buffer in buffers]
-        self.token_bytes = sum(int(row.shape[1]) for row in self._rows)
+        self._kv = kernels.KvBuffers(buffers)
+        kernels.prepare(self._kv.device.type)
+        self.token_bytes = self._kv.slot_bytes
         self.layout = [
             f"{type(pool).__name__}",
             f"{len(buffers)}x{self.token_bytes}",
@@ -57,11 +58,11 @@ class KvPages:
 
     def gather(self, req: Req, start: int, end: int, out: torch.Tensor) -> None:
         """Copy KV of positions ``[start, end)`` into ``out`` (uint8)."""
-        gather_kv(self._rows, self._slots(req, start, end), out)
+        kernels.gather(self._kv, self._slots(req, start, end), out)
 
     def scatter(self, req: Req, start: int, end: int, source: torch.Tensor) -> None:
         """Copy ``source`` into KV of positions ``[start, end)``."""
-        scatter_kv(self._rows, self._slots(req, start, end), source)
+        kernels.scatter(self._kv, self._slots(req, start, end), source)
 
     def reserve_row(self, req: Req) -> bool:
         """Give the request a row of the request table; False if none is free."""

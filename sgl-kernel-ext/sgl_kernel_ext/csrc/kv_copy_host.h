@@ -18,6 +18,10 @@ namespace kv::host {
 // With less for each of them, a further thread costs more than it saves.
 constexpr int64_t kBytesPerThread = int64_t{2} << 20;
 
+// Runs in random order are beyond the processor's foresight: it is told of one so many ahead.
+constexpr int kAhead = 8;
+constexpr int64_t kPrefetched = 2 * kLine;
+
 // Rows [first, first + count) of a job, at consecutive slots on either side.
 struct Run {
   uint32_t first, count;
@@ -41,23 +45,31 @@ std::vector<Run> runs_of(const From& from, const To& to, uint32_t rows) {
   return runs;
 }
 
+// Asks for the beginning of what a run reads; the processor guesses the rest by itself.
+inline void prefetch(const Span& span, const Run& run) {
+  const uint8_t* from = span.from + run.from * span.from_stride;
+  const int64_t size = std::min<int64_t>(span.row_bytes, kPrefetched);
+  for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(from + at);
+}
+
 // Rows [begin, end) of one buffer.
-inline void copy_rows(const Span& span, const std::vector<Run>& runs, uint32_t begin, uint32_t end,
-                      bool stream) {
+template <bool kStream>
+void copy_rows(const Span& span, const std::vector<Run>& runs, uint32_t begin, uint32_t end) {
   const int64_t size = span.row_bytes;
   const bool dense = span.from_stride == size && span.to_stride == size;
   auto run = std::upper_bound(runs.begin(), runs.end(), begin,
                               [](uint32_t row, const Run& run) { return row < run.first; });
   for (--run; begin < end; ++run) {
+    if (runs.end() - run > kAhead) prefetch(span, run[kAhead]);
     const uint32_t skipped = begin - run->first;
     const uint32_t count = std::min(run->count - skipped, end - begin);
     const uint8_t* from = span.from + (run->from + skipped) * span.from_stride;
     uint8_t* to = span.to + (run->to + skipped) * span.to_stride;
     if (dense || count == 1) {
-      copy_piece(to, from, count * size, stream);
+      copy_piece<kStream>(to, from, count * size);
     } else {
       for (uint32_t i = 0; i < count; ++i) {
-        copy_piece(to + i * span.to_stride, from + i * span.from_stride, size, stream);
+        copy_piece<kStream>(to + i * span.to_stride, from + i * span.from_stride, size);
       }
     }
     begin += count;
@@ -78,7 +90,12 @@ void copy_part(const Job<From, To>& job, const std::vector<Run>& runs, int64_t b
       return static_cast<uint32_t>(std::min<int64_t>(row, job.rows));
     };
     const uint32_t first = row_at(begin), last = row_at(end);
-    if (first < last) copy_rows(span, runs, first, last, stream);
+    if (first >= last) continue;
+    if (stream) {
+      copy_rows<true>(span, runs, first, last);
+    } else {
+      copy_rows<false>(span, runs, first, last);
+    }
   }
   if (stream) end_of_stream();
 }
