@@ -63,6 +63,8 @@ def transfer_kv(
 
 
 def _write(row: torch.Tensor, slots: torch.Tensor, data: torch.Tensor) -> None:
+    if not data.numel():
+        return
     lane = _lane(row, data)
     arrived = data.view(lane).to(row.device, non_blocking=True)
     row.view(lane).index_copy_(0, slots.to(row.device, torch.int64), arrived)
@@ -70,5 +72,6 @@ def _write(row: torch.Tensor, slots: torch.Tensor, data: torch.Tensor) -> None:
 
 def _lane(row: torch.Tensor, data: torch.Tensor) -> torch.dtype:
     """The widest integer both can be seen as: torch scatters element by element."""
-    aligned = (row.shape[1], row.stride(0), row.storage_offset(), data.storage_offset())
+    strides = (row.shape[1], row.stride(0), data.stride(0))
+    aligned = (*strides, row.storage_offset(), data.storage_offset())
     return torch.int64 if not any(n % 8 for n in aligned) else torch.uint8

@@ -157,6 +157,7 @@ KV_FUNCTION void copy_tile(const From& from, const To& to, const Span& span, int
 template <class Memory, class From, class To>
 KV_FUNCTION void copy_share(const Job<From, To>& job, uint32_t worker, uint32_t workers,
                             uint32_t lane) {
+  if (job.tiles == 0) return;
   uint32_t turn = worker % job.buffers;
   int64_t tile = worker / job.buffers;
   while (tile < job.tiles) {
