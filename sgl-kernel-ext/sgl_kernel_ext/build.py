@@ -117,7 +117,8 @@ def build(target: Target) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Of this process alone: a child forked meanwhile must not hold it on.
+            fcntl.lockf(lock, fcntl.LOCK_EX)
             if not path.exists():
                 _compile(command, target, path)
     except OSError as error:

@@ -1,7 +1,8 @@
 """The copies as torch operators, ``torch.ops.sgl_kernel_ext.*``, with what they change declared.
 
-torch.compile keeps and orders them so, and they run on tensors that only stand for others. Called
-eagerly a copy takes the short way (:mod:`sgl_kernel_ext.copies`): the dispatcher's through a
+torch.compile keeps and orders them so, and they run on tensors that only stand for others. A
+compiler may hand over a clone of a buffer, to put back afterwards: then the pool's table is not of
+these tensors, and torch copies. Called eagerly a copy takes the short way (:mod:`sgl_kernel_ext.copies`): the dispatcher's through a
 hundred mutable arguments takes longer than a small copy.
 """
 
@@ -26,7 +27,8 @@ def gather_kv(
     workers: int,
 ) -> None:
     """:func:`sgl_kernel_ext.gather`; ``tables``, ``limit``, ``page_size`` as in a KvBuffers."""
-    if not launch.gather((tables[0], tables[1]), limit, slots, out, workers):
+    here = (tables[0], tables[1])
+    if not (_of(tables, buffers) and launch.gather(here, limit, slots, out, workers)):
         reference.gather_kv([as_rows(b, page_size) for b in buffers], slots, out)
 
 
@@ -41,7 +43,8 @@ def scatter_kv(
     workers: int,
 ) -> None:
     """:func:`sgl_kernel_ext.scatter`."""
-    if not launch.scatter((tables[0], tables[1]), limit, slots, source, workers):
+    here = (tables[0], tables[1])
+    if not (_of(tables, buffers) and launch.scatter(here, limit, slots, source, workers)):
         reference.scatter_kv([as_rows(b, page_size) for b in buffers], slots, source)
 
 
@@ -60,15 +63,22 @@ def transfer_kv(
     workers: int,
 ) -> None:
     """:func:`sgl_kernel_ext.transfer` between two different pools."""
-    there = (target_tables[0], target_tables[1])
-    here = (tables[0], tables[1])
-    if not launch.transfer(here, limit, slots, there, target_limit, target_slots, workers):
+    here, there = (tables[0], tables[1]), (target_tables[0], target_tables[1])
+    known = _of(tables, buffers) and _of(target_tables, target)
+    if not (
+        known and launch.transfer(here, limit, slots, there, target_limit, target_slots, workers)
+    ):
         reference.transfer_kv(
             [as_rows(b, page_size) for b in buffers],
             slots,
             [as_rows(b, target_page_size) for b in target],
             target_slots,
         )
+
+
+def _of(tables: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> bool:
+    """Whether a table points to these very tensors."""
+    return bool(tables[0][:, 0].tolist() == [buffer.data_ptr() for buffer in buffers])
 
 
 @gather_kv.register_fake
