@@ -1,9 +1,9 @@
 """The copies as torch operators, ``torch.ops.sgl_kernel_ext.*``, with what they change declared.
 
 torch.compile keeps and orders them so, and they run on tensors that only stand for others. A
-compiler may hand over a clone of a buffer, to put back afterwards: then the pool's table is not of
-these tensors, and torch copies. Called eagerly a copy takes the short way (:mod:`sgl_kernel_ext.copies`): the dispatcher's through a
-hundred mutable arguments takes longer than a small copy.
+compiler may hand over a clone of a buffer, to put it back afterwards: then the pool's table is not
+of these tensors, and torch copies. Called eagerly a copy takes the short way, in ``copies``: the
+dispatcher's through a hundred mutable arguments takes longer than a small copy.
 """
 
 from __future__ import annotations
