@@ -1,9 +1,9 @@
 """How much a copy of KV slows down what decodes beside it on the same GPU, by thread blocks.
 
 ``python -m sglang_star_bench.kv_copy_beside``. The decode step is one in shape only: per layer the
-products of a 7 B model for a batch, and a read of as much KV as that batch has. It is replayed from
-a graph where there is one. Beside it a stream of lower priority gathers, without a pause. Steps with
-and without take turns. ``--device cpu`` rehearses the program and measures nothing of interest.
+products of a 7 B model for a batch, and a read of as much KV as that batch has; a graph replays it.
+Beside it a stream of lower priority gathers without a pause. Steps with and without take turns.
+``--device cpu`` rehearses the program and measures nothing of interest.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -122,18 +121,18 @@ def _copy(pool: Pool) -> None:
 
 
 def _copies(pool: Pool, workers: list[int]) -> Ways:
-    """The host's plain copy on several threads; on a GPU a copy takes what it likes."""
+    """torch's plain copy on several threads of the host; on a GPU a copy takes what it likes."""
     if pool.staging.device.type != "cpu":
         return {}
     return {f"copy x{n}": _threaded(pool, n) for n in workers if n > 1}
 
 
 def _threaded(pool: Pool, n: int) -> Callable[[], Any]:
-    executor = ThreadPoolExecutor(n)
-    cuts = [pool.nbytes * i // n for i in range(n + 1)]
-    to, source = pool.other.data_ptr(), pool.staging.data_ptr()
+    before = torch.get_num_threads()
 
-    def part(i: int) -> None:
-        ctypes.memmove(to + cuts[i], source + cuts[i], cuts[i + 1] - cuts[i])
+    def copy() -> None:
+        torch.set_num_threads(n)
+        pool.other.copy_(pool.staging)
+        torch.set_num_threads(before)
 
-    return lambda: list(executor.map(part, range(n)))
+    return copy
