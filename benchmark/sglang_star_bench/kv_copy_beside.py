@@ -130,7 +130,9 @@ def _on_gpu(
 ) -> tuple[list[float], list[float], list[float]]:
     """Times of steps alone and beside copies, ms, and bytes per second of the copies."""
     decode, side = torch.cuda.Stream(priority=HIGH), torch.cuda.Stream(priority=LOW)
-    alone, beside, rates = [], [], []
+    alone: list[float] = []
+    beside: list[float] = []
+    rates: list[float] = []
     for number in range(2 * steps + 2):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         torch.cuda.synchronize()
@@ -158,7 +160,9 @@ def _on_gpu(
 def _on_host(
     step: Callable[[], Any], copy: Callable[[], None], nbytes: int, steps: int
 ) -> tuple[list[float], list[float], list[float]]:
-    alone, beside, rates = [], [], []
+    alone: list[float] = []
+    beside: list[float] = []
+    rates: list[float] = []
     for _ in range(steps):
         began = time.perf_counter()
         step()
