@@ -19,7 +19,7 @@ namespace kv::host {
 constexpr int64_t kBytesPerThread = int64_t{2} << 20;
 
 // Runs in random order are beyond the processor's foresight: it is told of one so many ahead.
-constexpr int kAhead = 8;
+constexpr int kAhead = 16;
 constexpr int64_t kPrefetched = 2 * kLine;
 
 // Rows [first, first + count) of a job, at consecutive slots on either side.
