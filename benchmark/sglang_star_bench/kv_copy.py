@@ -1,8 +1,8 @@
 """``star bench kv-copy``: gathering and scattering the KV of a request, against a plain copy.
 
-A pool of KV slots as SGLang keeps it, pages in random order. Every figure is the median over
-paired rounds; ``share`` says how much of the speed of one contiguous copy of as many bytes on the
-same device is reached.
+Pools as SGLang keeps them, pages in random order or in one run. Every way is tried in every round,
+one after another; a figure is the median over the rounds. A ``share`` is the median of the paired
+ratios to one contiguous copy of as many bytes, by as many threads, on the same device.
 """
 
 from __future__ import annotations
@@ -12,35 +12,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from sgl_kernel_ext import as_token_rows, gather_kv, scatter_kv
+from sgl_kernel_ext import native
 from sglang_star.errors import ConfigError
+from sglang_star_bench import kv_copy_pools
+from sglang_star_bench.kv_copy_pools import SHAPES, Pool, Ways
 
-SHAPES: Final = {"smollm2-135m": (30, 3 * 64), "7b": (28, 4 * 128)}
-"""Layers, and values per token in each of K and V."""
-ROOM: Final = 4
-"""The pool holds this many times the tokens copied, so that its pages are well mixed."""
+WARM_UP: Final = 1
+"""Rounds that are not counted."""
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the result; ``gather`` and ``scatter`` in bytes per second."""
-
-    device: str
-    model: str
-    tokens: int
-    page_size: int
-    nbytes: int
-    gather: float
-    gather_share: float
-    scatter: float
-    scatter_share: float
-    rounds: int
+Row = dict[str, Any]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,10 +33,15 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="star bench kv-copy", description=__doc__)
     add = made.add_argument
     add("--model", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="KV shapes [all]")
-    add("--tokens", type=int, nargs="+", default=[256, 1024, 4096], help="[256 1024 4096]")
+    add("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="[64 256 1024]")
     add("--page-size", type=int, nargs="+", default=[1, 16, 64], help="[1 16 64]")
+    add("--slots", nargs="+", choices=["scattered", "run"], default=["scattered"],
+        help="pages in random order, or all tokens in one run [scattered]")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--rounds", type=int, default=9, help="paired rounds per figure [%(default)s]")
+    add("--workers", type=int, nargs="+", help="threads, or thread blocks [1 2; 4 8 16 32]")
+    add("--rounds", type=int, default=15, help="paired rounds per figure [%(default)s]")
+    add("--processor-time", action="store_true",
+        help="of this thread instead of the clock, on a busy host; with --workers 1")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write results here")
     add("--plot", type=Path, metavar="FILE", help="write a figure here")
     return made
@@ -61,106 +51,140 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark.
 
     Raises:
-        ConfigError: a number is not positive, or tokens are no whole pages.
+        ConfigError: a number is not positive, tokens are no whole pages, or there are no kernels.
     """
     args = parser().parse_args(argv)
-    if min(*args.tokens, *args.page_size, args.rounds) < 1:
-        raise ConfigError("--tokens, --page-size and --rounds must be positive")
+    workers = args.workers or ([1, 2] if args.device == "cpu" else [4, 8, 16, 32])
+    if args.processor_time and args.workers is None:
+        workers = [1]
+    if min(*args.tokens, *args.page_size, *workers, args.rounds) < 1:
+        raise ConfigError("--tokens, --page-size, --workers and --rounds must be positive")
+    if args.processor_time and (workers != [1] or args.device != "cpu"):
+        raise ConfigError("--processor-time is that of one thread of the host: --workers 1")
+    for tokens in args.tokens:
+        if bad := [size for size in args.page_size if tokens % size]:
+            raise ConfigError(f"{tokens} tokens are no whole pages of {bad[0]}")
+    if native.library(torch.device(args.device).type).wait() is None:
+        raise ConfigError(
+            f"there are no kernels for {args.device} to measure",
+            hint="python -m sgl_kernel_ext says why",
+        )
+    clock = time.thread_time if args.processor_time else time.perf_counter
     rows = []
     for model in args.model:
-        for page_size in args.page_size:
-            for tokens in args.tokens:
-                if tokens % page_size:
-                    raise ConfigError(f"{tokens} tokens are no whole pages of {page_size}")
-                rows.append(measure(model, tokens, page_size, args.device, args.rounds))
-                print(describe(rows[-1]), flush=True)
+        for order in args.slots:
+            for page_size in args.page_size if order == "scattered" else [1]:
+                for tokens in args.tokens:
+                    pool = kv_copy_pools.make(
+                        model, tokens, page_size, order == "scattered", args.device
+                    )
+                    kv_copy_pools.verify(pool, workers[0])
+                    about: Row = {
+                        "device": args.device,
+                        "model": model,
+                        "slots": order,
+                        "page_size": page_size,
+                        "tokens": tokens,
+                    }
+                    rows.append(about | measure(pool, workers, args.rounds, clock))
+                    print(describe(rows[-1]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
     return 0
 
 
-def measure(model: str, tokens: int, page_size: int, device: str, rounds: int) -> Row:
-    """Time one shape; the copy is verified before it is timed.
-
-    Raises:
-        RuntimeError: what came back is not what went in.
-    """
-    layers, values = SHAPES[model]
-    generator = torch.Generator().manual_seed(tokens)
-    pool = [
-        torch.randn(ROOM * tokens, values, generator=generator).to(device, torch.bfloat16)
-        for _ in range(2 * layers)
-    ]
-    rows = [as_token_rows(buffer) for buffer in pool]
-    pages = torch.randperm(ROOM * tokens // page_size, generator=generator)
-    first = pages[: tokens // page_size, None] * page_size
-    slots = (first + torch.arange(page_size)).flatten().to(device)
-    nbytes = sum(tokens * row.shape[1] for row in rows)
-    staging = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    other = torch.zeros_like(staging)
-    gather_kv(rows, slots, staging)
-    fresh = [torch.zeros_like(row) for row in rows]
-    scatter_kv(fresh, slots, staging)
-    if not all(torch.equal(a[slots], b[slots]) for a, b in zip(rows, fresh, strict=True)):
-        raise RuntimeError("scattered KV differs from what was gathered")
-
-    gather, scatter, copy = [], [], []
-    for _ in range(rounds):
-        gather.append(seconds(lambda: gather_kv(rows, slots, staging), device))
-        scatter.append(seconds(lambda: scatter_kv(fresh, slots, staging), device))
-        copy.append(seconds(lambda: other.copy_(staging), device))
-    return Row(
-        device=device,
-        model=model,
-        tokens=tokens,
-        page_size=page_size,
-        nbytes=nbytes,
-        gather=nbytes / statistics.median(gather),
-        gather_share=statistics.median(c / g for c, g in zip(copy, gather, strict=True)),
-        scatter=nbytes / statistics.median(scatter),
-        scatter_share=statistics.median(c / s for c, s in zip(copy, scatter, strict=True)),
-        rounds=rounds,
-    )
+def measure(pool: Pool, workers: list[int], rounds: int, clock: Callable[[], float]) -> Row:
+    """Time every way of one pool: bytes per second, and shares of a plain copy."""
+    row: Row = {
+        "nbytes": pool.nbytes,
+        "row_bytes": sorted(set(pool.source.row_bytes)),
+        "buffers": len(pool.source.buffers),
+        "rounds": rounds,
+    }
+    device = pool.staging.device
+    for name, ways in (
+        ("gather", kv_copy_pools.gathers(pool, workers)),
+        ("scatter", kv_copy_pools.scatters(pool, workers)),
+    ):
+        times = _times(ways, rounds, clock, device)
+        rates = {way: pool.nbytes / statistics.median(taken) for way, taken in times.items()}
+        row[name] = rates[f"kernel x{workers[0]}"]
+        row[f"{name}_bytes_per_s"] = rates
+        row[f"{name}_share"] = {
+            way: statistics.median(
+                c / t for c, t in zip(times[_peer(way, times)], taken, strict=True)
+            )
+            for way, taken in times.items()
+        }
+    return row
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, the device's queue included."""
-    started = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def _peer(way: str, times: dict[str, list[float]]) -> str:
+    """The plain copy that a way is held against: the one of as many threads."""
+    same = f"copy x{way.rpartition('x')[2]}"
+    return same if same in times else "copy x1"
+
+
+def _times(
+    ways: Ways, rounds: int, clock: Callable[[], float], device: torch.device
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(WARM_UP + rounds):
+        for way, call in ways.items():
+            started = clock()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number >= WARM_UP:
+                times[way].append(clock() - started)
+    return times
 
 
 def describe(row: Row) -> str:
     """One line of text."""
+    shares = "; ".join(
+        f"{name} "
+        + ", ".join(
+            f"{way} {share:.0%}" for way, share in row[f"{name}_share"].items() if "copy" not in way
+        )
+        for name in ("gather", "scatter")
+    )
+    order = f"pages of {row['page_size']:2}" if row["slots"] == "scattered" else "one run    "
+    copy = row["gather_bytes_per_s"]["copy x1"]
     return (
-        f"{row.device} {row.model:13} {row.tokens:5} tokens, pages of {row.page_size:2} "
-        f"({row.nbytes / 1e6:6.1f} MB): gather {row.gather / 1e9:5.2f} GB/s "
-        f"({row.gather_share:4.0%} of a copy), scatter {row.scatter / 1e9:5.2f} GB/s "
-        f"({row.scatter_share:4.0%})"
+        f"{row['device']} {row['model']:12} {row['tokens']:5} tokens, {order} "
+        f"({row['nbytes'] / 1e6:5.1f} MB, copy {copy / 1e9:4.1f} GB/s): {shares}"
     )
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Share of a plain copy's speed against the number of tokens."""
+    """Share of a plain copy's speed against the number of tokens, kernel and torch."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for column, name in enumerate(("gather_share", "scatter_share"), start=1):
-        axes = figure.add_subplot(1, 2, column, xscale="log", xlabel="tokens", ylim=(0, None))
-        axes.set(title=name.partition("_")[0], ylabel="share of a contiguous copy's speed")
-        for key in dict.fromkeys((row.model, row.page_size) for row in rows):
-            mine = [row for row in rows if (row.model, row.page_size) == key]
-            label = f"{key[0]}, page {key[1]}"
-            axes.plot(
-                [r.tokens for r in mine], [getattr(r, name) for r in mine], marker="o", label=label
-            )
-        counts = sorted({row.tokens for row in rows})
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    kernel = next(way for way in rows[0]["gather_share"] if way.startswith("kernel"))
+    for column, name in enumerate(("gather", "scatter"), start=1):
+        axes = figure.add_subplot(1, 2, column, xscale="log", xlabel="tokens")
+        axes.set(title=name, ylabel="share of a contiguous copy's speed")
+        keys = dict.fromkeys((row["model"], row["slots"], row["page_size"]) for row in rows)
+        for number, key in enumerate(keys):
+            mine = [row for row in rows if (row["model"], row["slots"], row["page_size"]) == key]
+            label = f"{key[0]}, " + (f"page {key[2]}" if key[1] == "scattered" else "one run")
+            for way, style in ((kernel, "o-"), ("torch", "x:")):
+                axes.plot(
+                    [row["tokens"] for row in mine],
+                    [row[f"{name}_share"][way] for row in mine],
+                    style,
+                    color=f"C{number % 10}",
+                    label=label if way == kernel else None,
+                )
+        axes.axhline(0.8, color="black", linewidth=0.8)
+        axes.set_ylim(bottom=0)
+        counts = sorted({row["tokens"] for row in rows})
         axes.set_xticks(counts, map(str, counts))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=6, title=f"{kernel}; dotted: torch", title_fontsize=7)
     figure.savefig(path, dpi=120)

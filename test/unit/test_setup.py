@@ -44,6 +44,8 @@ case $* in
 "-m sglang_star.platform.preloaded")
     echo "compile" >>"$CALLS"
     [ -z "${FAKE_COMPILE_ERROR-}" ] || { echo "$FAKE_COMPILE_ERROR" >&2; exit 1; } ;;
+"-m sgl_kernel_ext")
+    [ -z "${FAKE_KERNEL_ERROR-}" ] || { echo "$FAKE_KERNEL_ERROR" >&2; exit 1; } ;;
 "-m sglang_star.cli"*) shift 2; echo "cli in $(pwd) with $#: $*" ;;
 esac
 """
@@ -234,6 +236,13 @@ def test_what_cannot_be_compiled_now_is_compiled_at_the_first_start(checkout: Ch
     done = checkout.star("router", FAKE_COMPILE_ERROR="Killed")
     assert done.returncode == 0
     assert "the first start will take longer" in done.stderr
+    assert checkout.star("router").stderr == ""
+
+
+def test_without_a_compiler_torch_copies(checkout: Checkout) -> None:
+    done = checkout.star("router", FAKE_KERNEL_ERROR="host: there is no C++ compiler")
+    assert done.returncode == 0
+    assert "so torch will: host: there is no C++ compiler" in done.stderr
     assert checkout.star("router").stderr == ""
 
 

@@ -13,7 +13,7 @@ import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from sgl_kernel_ext import as_token_rows, gather_kv, scatter_kv
+import sgl_kernel_ext as kernels
 from sglang_star.engine.copies import Begun, Lane
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ class KvPages:
         pool = self._allocator.get_kvcache()
         buffers = _buffers(pool)
         self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
-        self._rows = [as_token_rows(buffer) for buffer in buffers]
-        self.device = buffers[0].device if buffers else torch.device("cpu")
+        self._kv = kernels.KvBuffers(buffers)
+        self.device = self._kv.device
+        kernels.prepare(self.device.type)
         self._lane = Lane(self.device)
-        self.token_bytes = sum(int(row.shape[1]) for row in self._rows)
+        self.token_bytes = self._kv.slot_bytes
         self.layout = [
             f"{type(pool).__name__}",
             f"{len(buffers)}x{self.token_bytes}",
@@ -74,11 +75,11 @@ class KvPages:
 
         def work() -> None:
             if out.device == self.device:
-                gather_kv(self._rows, slots, out)
+                kernels.gather(self._kv, slots, out)
                 return
             # Over the bus in one piece, and not buffer by buffer.
             dense = torch.empty(size, dtype=torch.uint8, device=self.device)
-            gather_kv(self._rows, slots, dense)
+            kernels.gather(self._kv, slots, dense)
             out[:size].copy_(dense, non_blocking=True)
 
         return self._lane.run(work)
@@ -99,7 +100,7 @@ class KvPages:
                 dense = source
                 if dense.device != self.device:
                     dense = dense.to(self.device, non_blocking=True)
-                scatter_kv(self._rows, slots, dense)
+                kernels.scatter(self._kv, slots, dense)
 
             return self._lane.run(work, after)
 
