@@ -77,7 +77,7 @@ class MoveReport(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
         stall_ms: gap between the last token decoded by the source and the first relayed one,
             minus ``step_ms``; stall_steps: the same divided by ``step_ms``.
         step_ms: mean decode step time at the source when the move was ordered, exponential.
-        transport_bytes: KV bytes moved.
+        transport_bytes: KV bytes moved, by each rank.
         transport: what carried them; transport_reason: why that one.
         started_at, finished_at: wall clock, seconds since the epoch.
     """
