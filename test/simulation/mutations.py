@@ -382,13 +382,6 @@ MUTATIONS = (
         "of several copies only the latest is waited for",
     ),
     Mutation(
-        "slot given back while it is filled",
-        _CARGO,
-        "            if self._engine.copied(piece.ticket):\n",
-        "            if True:\n",
-        "a copy of a move that is over writes into a slot that another has by now",
-    ),
-    Mutation(
         "failed copy taken for a good one",
         _TARGET,
         "            if why := self._engine.failure(piece.ticket):\n",

@@ -58,7 +58,7 @@ def test_all_that_is_counted_happens() -> None:
     """Chains, reclaims and the like; a kind of fault that no longer comes to pass is missed."""
     counts = run(range(150), Allowed()).counts
     kinds = ("abort", "cut_off", "delay", "duplicate", "fill", "flush", "follow", "freeze", "kill")
-    kinds += ("lose", "pause", "reset", "scatter", "slow", "stick")
+    kinds += ("blind", "lose", "pause", "reset", "scatter", "slow", "stick")
     for what in (*(f"plan: {kind}" for kind in kinds), "chains of three", "moves reclaimed"):
         assert counts[what], what
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from sglang_star.migration.cargo import Cargo
+from sglang_star.migration.outgoing import Outgoing
 from simulation.history import History
 from simulation.plan import EngineShape, Event, Plan
 from simulation.run import quiet
@@ -76,3 +78,37 @@ def test_a_target_that_reads_a_slot_when_another_move_has_it(
     failure = history.run()
     assert ("wrong" in failure) != looks, story(history.plan, history)
     assert not (looks and failure), story(history.plan, history)
+
+
+def two_moves_at_once(seed: int) -> History:
+    """One is aborted while its first piece is being gathered; the other takes that slot."""
+    made = plan(
+        (0.3, "move", "r0", "b", -1),
+        (0.34, "abort", "r0", ""),
+        (0.34, "move", "r1", "b", -1),
+        overlap=False,
+        seed=seed,
+    )
+    other = Spec("r1", tuple(range(9, 40)), 100, 10**9, -1, 0.0)
+    shapes = {name: replace(shape, copy_s=0.3) for name, shape in made.shapes.items()}
+    requests = (*made.requests, (0.0, "a", other))
+    return History(replace(made, shapes=shapes, requests=requests))
+
+
+def test_a_slot_is_nobody_elses_while_a_copy_of_an_ended_move_writes_into_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quiet()
+    for seed in range(20):
+        history = two_moves_at_once(seed)
+        assert not history.run(), story(history.plan, history)
+    give = Cargo.unload
+
+    def give_all(cargo: Cargo, move: Outgoing) -> None:
+        for piece in move.loading:
+            move.filled[piece.grant.stamp] = piece
+        move.loading.clear()
+        give(cargo, move)
+
+    monkeypatch.setattr(Cargo, "unload", give_all)
+    assert any("wrong" in two_moves_at_once(seed).run() for seed in range(20))

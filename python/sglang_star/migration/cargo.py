@@ -62,7 +62,11 @@ class Cargo:
                 move.full = True
                 break
             loaded += (end - move.sent) * move.token_bytes
-            ticket = self._engine.gather(move.req, move.sent, end, region.view(grant))
+            try:
+                ticket = self._engine.gather(move.req, move.sent, end, region.view(grant))
+            except Exception:
+                region.give(grant)
+                raise
             move.loading.append(Loaded(ticket, move.sent, end, region, grant))
             move.sent = end
         return loaded

@@ -206,13 +206,16 @@ class Target:
         assert req is not None, "pages came for a request that is not there"
         if message.start != self._engine.held(req) or message.end <= message.start:
             raise OrderRefused("KV arrived out of order")
+        if not self._engine.extend(req, message.end):
+            raise OrderRefused("KV memory is full")
         grant = Grant(message.slot, message.stamp)
         fetch = move.way.reader.fetch(grant, size, message.checksum)
-        if not self._engine.extend(req, message.end):
+        try:
+            ticket = self._engine.scatter(req, message.start, message.end, fetch)
+        except Exception:
             fetch.cancel()
             fetch.close()
-            raise OrderRefused("KV memory is full")
-        ticket = self._engine.scatter(req, message.start, message.end, fetch)
+            raise
         move.unloading.append(Fetched(ticket, message.stamp, fetch))
 
     def _unload(self, move: Incoming) -> None:
