@@ -39,7 +39,10 @@ ROWS: Final[tuple[Row, ...]] = (
         takes="server_args, field",
     ),
     Field(_GRAPHS + ".CudaGraphConfig.decode", "the graphs of decode steps", _PRED),
+    Field(_GRAPHS + ".CudaGraphConfig.prefill", "the graphs of prefills", _PRED),
     Field(_GRAPHS + ".PhaseConfig.max_bs", "requests in the largest of them", _PRED),
+    Field(_GRAPHS + ".PhaseConfig.bs", "requests in each, where they were listed", _PRED),
+    Field(_GRAPHS + ".PhaseConfig.full_prefill_max_req", "requests in a prefill's", _PRED),
     Field(_LOGITS + ".next_token_logits", "requests in the step", _PRED),
     Field(_LOGITS + ".auxiliary_device_output", "rows leave the device with the step", _PRED),
     Function(
