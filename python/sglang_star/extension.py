@@ -14,6 +14,7 @@ from sglang_star.config import StarConfig
 from sglang_star.engine.real import SglangEngine
 from sglang_star.engine.verbs import Request
 from sglang_star.faults import Faults
+from sglang_star.flight import Flight
 from sglang_star.identity import fingerprint_of, host_token
 from sglang_star.migration.links import Links
 from sglang_star.migration.mailbox import OrderEnvelope
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.0005
 """How often the device is asked whether it is done, where it cannot wake a poll itself."""
-HOLD_SHARE = 0.9
-"""Of a decode step that queueing the next one may be put off; the rest prepares its launch."""
 
 
 class Extension:
@@ -67,6 +66,7 @@ class Extension:
         self._mail = self._links.mail
         self._faults = Faults()
         self._timer = StepTimer()
+        self._flight = Flight()
         self._mover = Mover(engine, self._links, config, fingerprint, self._faults)
         self._status = StatusReporter(
             scheduler,
@@ -129,6 +129,7 @@ class Extension:
             self._next_status = time.monotonic() + self._config.status_interval_ms / 1e3
             with self._faults.contained("the status"):
                 self._links.publish(self._status.report())
+        self._flight.boundary_s = time.monotonic()
 
     def _receive(self, *, urgent_only: bool = False) -> None:
         while (item := self._mail.take(urgent_only=urgent_only)) is not None:
@@ -142,13 +143,14 @@ class Extension:
         """Let a guest that is about to arrive catch the step that would be queued now.
 
         Under overlap the device is still busy with the step before, so that nothing is lost by
-        queueing the next one a little later, and the guest gains a whole step.
+        queueing the next one a little later, and the guest gains a whole step. What was left of
+        that step is less by all that this boundary has taken already.
         """
         queue = getattr(self._scheduler, "result_queue", None)
         if not queue or self._timer.ema_ms <= 0.0:
             return
         running = device.pending(queue[-1][1])
-        until = time.monotonic() + HOLD_SHARE * self._timer.ema_ms / 1e3
+        until = self._flight.hold_until(self._timer.ema_ms / 1e3)
         while self._mover.target.expecting() and time.monotonic() < until and running():
             if self._mail.is_empty():
                 self._mail.wait(POLL_S)
@@ -164,6 +166,7 @@ class Extension:
             self._receive(urgent_only=True)
             self._mover.flush()
         device.settle(result)
+        self._flight.previous_s = time.monotonic()
 
     def _watch(self) -> None:
         """Tell the links thread whom to exchange heartbeats with, when that changed."""
