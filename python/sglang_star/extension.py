@@ -15,7 +15,7 @@ from sglang_star.engine.real import SglangEngine
 from sglang_star.engine.verbs import Request
 from sglang_star.faults import Faults
 from sglang_star.flight import Flight
-from sglang_star.identity import fingerprint_of, host_token
+from sglang_star.identity import host_token, kind_of
 from sglang_star.migration.links import Links
 from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
@@ -49,7 +49,8 @@ class Extension:
         self._config = config
         role = ROLES[scheduler.disaggregation_mode]
         engine = SglangEngine(scheduler)
-        fingerprint = fingerprint_of(scheduler, engine.pages)
+        kind = kind_of(scheduler, engine.pages)
+        self._loaded = engine.loaded
         self._links = Links(
             config.instance_id or f"{role}@{args.host}:{args.port}",
             time.time_ns(),
@@ -67,7 +68,7 @@ class Extension:
         self._faults = Faults()
         self._timer = StepTimer()
         self._flight = Flight()
-        self._mover = Mover(engine, self._links, config, fingerprint, self._faults)
+        self._mover = Mover(engine, self._links, config, kind.text(), self._faults)
         self._status = StatusReporter(
             scheduler,
             engine,
@@ -95,7 +96,7 @@ class Extension:
             role=role,
             status_address=self._links.status_address,
             migration_address="" if role == "prefill" else self._links.peer.address,
-            fingerprint=fingerprint,
+            fingerprint=kind.fingerprint(),
             host_token=host_token(),
             predictor=config.predictor,
         )
@@ -217,6 +218,10 @@ class Extension:
     def recomputing(self, recompute: Callable[[], None]) -> None:
         """A pause of SGLang's that gives all KV back, carried out by ``recompute``."""
         self._mover.recomputing(recompute)
+
+    def weights_changed(self) -> None:
+        """The model's weights were written, or some of them, or may have been."""
+        self._loaded.changed()
 
     def overdue(self, started_before: float) -> list[str]:
         """Rids of shadows whose forward started before that ``time.perf_counter()``."""

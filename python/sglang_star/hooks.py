@@ -58,6 +58,7 @@ class Hook:
 
 
 _S = "sglang.srt.managers.scheduler.Scheduler."
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _LAUNCH = "sglang_star.launch:"
 _SCHED = "sglang_star.scheduler:"
 _PRED = "sglang_star.predictor.runner:"
@@ -172,6 +173,23 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         _SCHED + "pause_generation",
         "a pause that computes all KV again takes that of moves, which SGLang does not know of",
+    ),
+    *(
+        Hook(
+            Scope.SCHEDULER,
+            _WEIGHTS + update,
+            "around",
+            _SCHED + "write_weights",
+            "KV of other weights is of no use, whether or not the update names a version",
+        )
+        for update in (
+            "update_weights_from_disk",
+            "update_weights_from_distributed",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+            "end_weight_update",
+            "resume_memory_occupation",
+        )
     ),
     Hook(
         Scope.SCHEDULER,

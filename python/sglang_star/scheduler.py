@@ -136,6 +136,19 @@ def pause_generation(original: Any, scheduler: Any, recv_req: Any) -> None:
         original(scheduler, pause_req)
 
 
+def write_weights(original: Any, manager: Any, recv_req: Any) -> Any:
+    """AROUND every method of ``SchedulerWeightUpdaterManager`` that may write weights.
+
+    One that fails may have written some of them.
+    """
+    try:
+        return original(manager, recv_req)
+    finally:
+        star = getattr(_scheduler, _EXTENSION, None)
+        if star is not None:
+            star.weights_changed()
+
+
 def send_abort_output(original: Any, scheduler: Any, abort_req: Any, req: Any) -> None:
     """AROUND ``Scheduler.send_abort_output``."""
     star = getattr(scheduler, _EXTENSION)

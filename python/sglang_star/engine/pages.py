@@ -5,13 +5,13 @@ Everything here happens between decode steps, on the scheduler thread.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from sgl_kernel_ext import as_token_rows, gather_kv, scatter_kv
+from sglang_star.engine import kv_format
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -34,16 +34,11 @@ class KvPages:
         self._tree = scheduler.tree_cache
         self.page_size: int = self._allocator.page_size
         pool = self._allocator.get_kvcache()
-        buffers = _buffers(pool)
-        self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
+        buffers = kv_format.buffers(pool)
+        self.unsupported = kv_format.refusal(pool)
         self._rows = [as_token_rows(buffer) for buffer in buffers]
         self.token_bytes = sum(int(row.shape[1]) for row in self._rows)
-        self.layout = [
-            f"{type(pool).__name__}",
-            f"{len(buffers)}x{self.token_bytes}",
-            f"page={self.page_size}",
-            *sorted({f"{buffer.dtype}{tuple(buffer.shape[1:])}" for buffer in buffers}),
-        ]
+        self.layout = kv_format.layout(pool)
 
     @property
     def capacity(self) -> int:
@@ -125,14 +120,3 @@ class KvPages:
             last_loc=last.to(device),
             extend_num_tokens=length - held,
         )
-
-
-def _buffers(pool: Any) -> list[torch.Tensor]:
-    """The per-layer tensors ``[slots, ...]`` of a pool whose layout we know, else nothing."""
-    if getattr(pool, "use_hnd", False):
-        return []
-    if type(pool) is MHATokenToKVPool:
-        return [*pool.k_buffer, *pool.v_buffer]
-    if type(pool) is MLATokenToKVPool:
-        return list(pool.kv_buffer)
-    return []

@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_serving
 
-from sglang_star.engine import batch, codec, replay
+from sglang_star.engine import batch, codec, replay, weights
 from sglang_star.engine.pages import KvPages
 from sglang_star.errors import OrderRefused
 from sglang_star.predictor.state import export_state, import_state
@@ -29,13 +29,14 @@ class SglangEngine:
     """See :class:`~sglang_star.engine.verbs.Engine`.
 
     Attributes:
-        pages: its KV memory.
+        pages: its KV memory; loaded: the weights of its model.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._outputs: dict[str, array[int]] = {}
         self.pages = KvPages(scheduler)
+        self.loaded = weights.of_scheduler(scheduler)
         self.unsupported = self.pages.unsupported
         self.page_size = self.pages.page_size
         self.token_bytes = self.pages.token_bytes
@@ -57,7 +58,7 @@ class SglangEngine:
 
     def weights(self) -> str:
         """See :class:`Engine`."""
-        return str(get_serving().weight_version)
+        return f"{get_serving().weight_version}@{self.loaded.checksum()}"
 
     def is_paused(self) -> bool:
         """See :class:`Engine`."""
