@@ -51,6 +51,8 @@ class Extension:
         engine = SglangEngine(scheduler)
         kind = kind_of(scheduler, engine.pages)
         self._loaded = engine.loaded
+        if args.startup_weight_load_mode != "overlap":  # else they are not all here yet
+            self._loaded.checksum()
         self._links = Links(
             config.instance_id or f"{role}@{args.host}:{args.port}",
             time.time_ns(),
@@ -219,9 +221,15 @@ class Extension:
         """A pause of SGLang's that gives all KV back, carried out by ``recompute``."""
         self._mover.recomputing(recompute)
 
-    def weights_changed(self) -> None:
-        """The model's weights were written, or some of them, or may have been."""
+    def weights_changed(self, *, over: bool) -> None:
+        """The model's weights were written, or some of them, or may have been.
+
+        Args:
+            over: nothing more will be written; read them now, and not when a request moves.
+        """
         self._loaded.changed()
+        if over:
+            self._loaded.checksum()
 
     def overdue(self, started_before: float) -> list[str]:
         """Rids of shadows whose forward started before that ``time.perf_counter()``."""

@@ -174,6 +174,13 @@ HOOKS: tuple[Hook, ...] = (
         _SCHED + "pause_generation",
         "a pause that computes all KV again takes that of moves, which SGLang does not know of",
     ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        "after",
+        _SCHED + "retract_decode",
+        "a guest that is aborted because host memory cannot hold its KV goes on at home",
+    ),
     *(
         Hook(
             Scope.SCHEDULER,
@@ -182,12 +189,19 @@ HOOKS: tuple[Hook, ...] = (
             _SCHED + "write_weights",
             "KV of other weights is of no use, whether or not the update names a version",
         )
+        for update in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
+    ),
+    *(
+        Hook(
+            Scope.SCHEDULER,
+            _WEIGHTS + update,
+            "around",
+            _SCHED + "write_some_weights",
+            "as above; more will be written before the update is over",
+        )
         for update in (
-            "update_weights_from_disk",
             "update_weights_from_distributed",
             "update_weights_from_tensor",
-            "update_weights_from_ipc",
-            "end_weight_update",
             "resume_memory_occupation",
         )
     ),

@@ -36,6 +36,13 @@ def refusal(pool: Any) -> str:
     return f"KV pool {name} cannot move"
 
 
+def model_refusal(model_config: Any) -> str:
+    """Why KV of this model cannot move, whatever pool it is in; empty if it can."""
+    if model_config.is_encoder_decoder:
+        return "KV of an encoder-decoder model cannot move: its encoder's part is not known here"
+    return ""
+
+
 def buffers(pool: Any) -> list[torch.Tensor]:
     """The per-layer tensors ``[slots, ...]`` of a pool that can move, else nothing."""
     if refusal(pool):

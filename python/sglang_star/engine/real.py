@@ -15,6 +15,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_serving
 
 from sglang_star.engine import batch, codec, replay, weights
+from sglang_star.engine.kv_format import model_refusal
 from sglang_star.engine.pages import KvPages
 from sglang_star.errors import OrderRefused
 from sglang_star.predictor.state import export_state, import_state
@@ -37,7 +38,7 @@ class SglangEngine:
         self._outputs: dict[str, array[int]] = {}
         self.pages = KvPages(scheduler)
         self.loaded = weights.of_scheduler(scheduler)
-        self.unsupported = self.pages.unsupported
+        self.unsupported = self.pages.unsupported or model_refusal(scheduler.model_config)
         self.page_size = self.pages.page_size
         self.token_bytes = self.pages.token_bytes
         self.serves_decode = scheduler.disaggregation_mode != DisaggregationMode.PREFILL

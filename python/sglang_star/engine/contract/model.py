@@ -34,6 +34,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_CONFIG + ".context_len", "part of the fingerprint", "identity"),
     Attribute(_CONFIG + ".quantization", "part of the fingerprint", "identity"),
     Attribute(_CONFIG + ".attention_arch", "part of the fingerprint", "identity"),
+    Attribute(_CONFIG + ".is_encoder_decoder", "its KV cannot move", "engine.kv_format"),
     # Weights.
     Class(_ATTENTION, "its scales of KV are weights, too", "engine.weights"),
     Attribute(_ATTENTION + ".k_scale_float", "what keys are scaled by", "engine.weights"),

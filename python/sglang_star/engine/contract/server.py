@@ -42,7 +42,11 @@ ROWS: Final[tuple[Row, ...]] = (
     Field(_ARGS + ".ep_size", "part of the fingerprint", "identity"),
     Field(_ARGS + ".dcp_size", "part of the fingerprint", "identity"),
     Field(_ARGS + ".max_running_requests", "rows the predictor needs", "predictor.runner"),
-    Field(_ARGS + ".startup_weight_load_mode", "refused if weights come late", "predictor.runner"),
+    Field(
+        _ARGS + ".startup_weight_load_mode",
+        "whether weights come late",
+        "predictor.runner extension",
+    ),
     Field(_ARGS + ".tp_size", "refused beyond 1", "launch identity"),
     Field(_ARGS + ".pp_size", "refused beyond 1", "launch identity"),
     Field(_ARGS + ".dp_size", "refused beyond 1", "launch identity"),
