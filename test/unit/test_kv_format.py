@@ -106,6 +106,13 @@ def test_every_other_pool_is_refused_with_its_reason(case: str) -> None:
     assert kv_format.buffers(pool) == []
 
 
+def test_encoder_decoder_models_are_refused() -> None:
+    assert kv_format.model_refusal(SimpleNamespace(is_encoder_decoder=False)) == ""
+    told = kv_format.model_refusal(SimpleNamespace(is_encoder_decoder=True))
+    assert "encoder-decoder" in told
+    assert "cannot move" in told
+
+
 def test_a_pool_of_sliding_windows_is_refused() -> None:
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
