@@ -161,9 +161,12 @@ class Extension:
             self._mover.flush()
 
     def await_result(self, result: object) -> None:
-        """Pass tokens on to our clients while the device works on ``result``."""
+        """Pass tokens on to our clients while the device works on ``result``.
+
+        So does one that a guest is on its way to, to see when the device begins the next step.
+        """
         running = device.pending(result)
-        while self._mover.under_way and running():
+        while (self._mover.under_way or self._mover.target.moves) and running():
             if self._mail.is_empty() or not self._mail.is_urgent():
                 self._mail.wait(POLL_S)
             self._receive(urgent_only=True)
