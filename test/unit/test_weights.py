@@ -101,6 +101,22 @@ def test_quantised_weights_count() -> None:
     assert len(seen) == 5
 
 
+def test_ranks_of_one_engine_have_one_checksum() -> None:
+    """Whichever of them differs; and an engine of one rank has that of its model."""
+    parts = [Model(seed=1), Model(seed=2), Model(seed=3)]
+
+    def together() -> set[str]:
+        own = [checksum(part) for part in parts]
+        return {Weights(part, lambda _: own).checksum() for part in parts}
+
+    [before] = together()
+    with torch.no_grad():
+        flip(parts[2].first.weight.data, 7)
+    [after] = together()
+    assert before != after
+    assert Weights(parts[0]).checksum() == checksum(parts[0])
+
+
 def test_it_is_computed_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
     monkeypatch.setattr(weights, "checksum", lambda model: computed.append(1) or str(len(computed)))

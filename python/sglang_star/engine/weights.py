@@ -7,7 +7,7 @@ weight, and most not at all. A checksum reads everything once, at the speed of m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -20,12 +20,19 @@ CHUNK: Final = 1 << 20
 class Weights:
     """The weights of a loaded model.
 
+    Args:
+        gather: of several ranks of one engine: from this rank's checksum to those of all of them,
+            in order; a collective, so that all ranks have to ask at the same time.
+
     Attributes:
         model: SGLang's; its parameters may be written at any time between two :meth:`changed`.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(
+        self, model: torch.nn.Module, gather: Callable[[str], list[str]] | None = None
+    ) -> None:
         self.model = model
+        self._gather = gather
         self._known = ""
 
     def changed(self) -> None:
@@ -33,9 +40,15 @@ class Weights:
         self._known = ""
 
     def checksum(self) -> str:
-        """16 hexadecimal digits, equal for equal weights; computed when it is not known."""
+        """16 hexadecimal digits, equal for equal weights; computed when it is not known.
+
+        Ranks of one engine, each with a part of the weights, have one checksum together.
+        """
         if not self._known:
             self._known = checksum(self.model)
+            if self._gather is not None:
+                together = " ".join(self._gather(self._known))
+                self._known = hashlib.sha256(together.encode()).hexdigest()[:16]
         return self._known
 
 
@@ -100,4 +113,12 @@ def _factors() -> torch.Tensor:
 
 def of_scheduler(scheduler: Any) -> Weights:
     """The weights that a scheduler's requests run on."""
-    return Weights(scheduler.tp_worker.model_runner.model)
+    group = scheduler.tp_cpu_group
+    ranks = torch.distributed.get_world_size(group)
+
+    def gather(own: str) -> list[str]:
+        found: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(found, own, group)
+        return found
+
+    return Weights(scheduler.tp_worker.model_runner.model, gather if ranks > 1 else None)
