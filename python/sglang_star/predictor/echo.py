@@ -46,11 +46,10 @@ class Echo:
         visible = min(visible, len(ids))
         # What lies further back cannot matter any more.
         begin = max(self._read, visible - WINDOW - MEMORY - GRAM, GRAM - 1)
-        last, hits = self._last, self._hits
+        last, before, hear = self._last, self._last.get, self._hits.append
         new = ids[begin - GRAM + 1 : visible]
         for end, run in enumerate(zip(*(new[i:] for i in range(GRAM)), strict=False), begin + 1):
-            before = last.get(run)
-            hits.append(before is not None and end - before <= MEMORY)
+            hear(end - before(run, -MEMORY) <= MEMORY)
             last[run] = end
         self._read = max(self._read, visible)
         if len(self._last) > 2 * MEMORY:
