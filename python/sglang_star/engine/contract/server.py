@@ -66,10 +66,16 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Function("sglang.srt.runtime_context.get_serving", "has the weights' version", "engine.real"),
     Field(_ARGS + ".num_reserved_decode_tokens", "a flag of the demo's engines", "demo.comparison"),
-    Field(_ARGS + ".disaggregation_mode", "a flag of disaggregated engines", _LAYOUT),
+    Field(
+        _ARGS + ".disaggregation_mode", "a flag of disaggregated engines", "cluster_layout launch"
+    ),
     Field(_ARGS + ".disaggregation_transfer_backend", "a flag of disaggregated engines", _LAYOUT),
     Field(_ARGS + ".disaggregation_bootstrap_port", "a flag of disaggregated engines", _LAYOUT),
-    Field(_ARGS + ".disaggregation_decode_retraction_backup", "a flag of decode engines", _LAYOUT),
+    Field(
+        _ARGS + ".disaggregation_decode_retraction_backup",
+        "a flag of decode engines; on a CPU one of its choices works",
+        "cluster_layout launch",
+    ),
     # The tokenized request, which travels.
     Class(_IO, "a move carries it; decoded by msgspec", _CODEC),
     Field(_IO + ".rid", "a guest has a name of its own", _CODEC),
