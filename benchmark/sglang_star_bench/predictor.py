@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="star bench predictor", description=__doc__)
     result.add_argument("--head", type=Path, help="head to time [every packaged one]")
-    result.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="[1 8 32]")
+    result.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="[1 8 64 256]"
+    )
     result.add_argument(
         "--model",
         help="also decode with this model, head on and off in turn; with --ablations, "

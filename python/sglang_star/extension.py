@@ -6,7 +6,9 @@ import abc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sglang_star.engine.real import SglangEngine
 from sglang_star.engine.verbs import Request
+from sglang_star.flight import Flight
 from sglang_star.front import Front
 from sglang_star.migration.mover import Mover
 from sglang_star.status import StepTimer
@@ -22,10 +24,14 @@ class Extension(abc.ABC):
         front: the sockets; None on a rank that has none.
     """
 
-    def __init__(self, mover: Mover, timer: StepTimer, front: Front | None) -> None:
+    def __init__(
+        self, engine: SglangEngine, mover: Mover, timer: StepTimer, front: Front | None
+    ) -> None:
         self.front = front
+        self._loaded = engine.loaded
         self._mover = mover
         self._timer = timer
+        self._flight = Flight()
 
     # ------------------------------------------------------------------ the loop
 
@@ -82,6 +88,16 @@ class Extension(abc.ABC):
     def recomputing(self, recompute: Callable[[], None]) -> None:
         """A pause of SGLang's that gives all KV back, carried out by ``recompute``."""
         self._mover.recomputing(recompute)
+
+    def weights_changed(self, *, over: bool) -> None:
+        """The model's weights were written, or some of them, or may have been.
+
+        Args:
+            over: nothing more will be written; read them now, and not when a request moves.
+        """
+        self._loaded.changed()
+        if over:
+            self._loaded.checksum()
 
     def overdue(self, started_before: float) -> list[str]:
         """Rids of shadows whose forward started before that ``time.perf_counter()``."""

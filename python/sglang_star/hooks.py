@@ -61,6 +61,7 @@ class Hook:
 
 _S = "sglang.srt.managers.scheduler.Scheduler."
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver."
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _LAUNCH = "sglang_star.launch:"
 _SCHED = "sglang_star.scheduler:"
 _PRED = "sglang_star.predictor.runner:"
@@ -175,6 +176,37 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         _SCHED + "pause_generation",
         "a pause that computes all KV again takes that of moves, which SGLang does not know of",
+    ),
+    Hook(
+        Scope.SCHEDULER,
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        "after",
+        _SCHED + "retract_decode",
+        "a guest that is aborted because host memory cannot hold its KV goes on at home",
+    ),
+    *(
+        Hook(
+            Scope.SCHEDULER,
+            _WEIGHTS + update,
+            "around",
+            _SCHED + "write_weights",
+            "KV of other weights is of no use, whether or not the update names a version",
+        )
+        for update in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
+    ),
+    *(
+        Hook(
+            Scope.SCHEDULER,
+            _WEIGHTS + update,
+            "around",
+            _SCHED + "write_some_weights",
+            "as above; more will be written before the update is over",
+        )
+        for update in (
+            "update_weights_from_distributed",
+            "update_weights_from_tensor",
+            "resume_memory_occupation",
+        )
     ),
     Hook(
         Scope.SCHEDULER,

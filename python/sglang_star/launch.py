@@ -59,6 +59,7 @@ def enable(server_args: Any, star: StarConfig | None = None) -> Any:
     installed.verify()
     _choose_cpu(server_args)
     _refuse_unsupported(server_args)
+    _refuse_pinned_memory(server_args)
     hooks.install(hooks.Scope.SERVER)
     setattr(server_args, ATTRIBUTE, star or StarConfig())
     return server_args
@@ -86,6 +87,10 @@ def _choose_cpu(server_args: Any) -> None:
         server_args.device = "cpu"
     if server_args.attention_backend is None:
         server_args.attention_backend = "torch_native"
+    decodes = server_args.disaggregation_mode == "decode"
+    if decodes and server_args.disaggregation_decode_retraction_backup is None:
+        # What SGLang would choose keeps copies of KV in memory that only CUDA can pin.
+        server_args.disaggregation_decode_retraction_backup = "cpu_tensor"
     for known, add in (
         (
             choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
@@ -122,6 +127,22 @@ def _refuse_unsupported(server_args: Any) -> None:
         raise ConfigError(
             "--star does not support speculative decoding yet",
             hint="drop --speculative-algorithm, or launch without --star",
+        )
+
+
+def _refuse_pinned_memory(server_args: Any) -> None:
+    """Say at once what would end the scheduler in the middle of its start.
+
+    Raises:
+        ConfigError: retracted KV is to be copied into pinned memory, and there is no CUDA.
+    """
+    from sglang.srt.platforms import current_platform
+
+    backup = server_args.disaggregation_decode_retraction_backup
+    if backup == "host_pool" and is_portable_cpu(current_platform):
+        raise ConfigError(
+            "--disaggregation-decode-retraction-backup host_pool needs memory that CUDA pins",
+            hint="use cpu_tensor on a CPU",
         )
 
 

@@ -26,6 +26,10 @@ DRAIN: Final = "drain"
 """Reason of every move off an instance that is to go; targets go by it. The router's policies,
 which import nothing of ours, spell it out."""
 
+LOST: Final = "lost"
+"""Type of the finish reason by which a host says that it cannot go on with a stream, but home
+can."""
+
 QUANTILE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Levels of every remaining-length estimate on the wire; index 2 is the point estimate."""
 

@@ -154,6 +154,37 @@ def pause_generation(original: Any, scheduler: Any, recv_req: Any) -> None:
         original(scheduler, pause_req)
 
 
+def retract_decode(result: Any, _batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER ``ScheduleBatch.retract_decode``: who cannot resume here can at home."""
+    _retracted, _ratio, to_abort = result
+    for req in to_abort:
+        star_of(req).unbacked = True
+    return result
+
+
+def write_weights(original: Any, manager: Any, recv_req: Any) -> Any:
+    """AROUND the methods of ``SchedulerWeightUpdaterManager`` that end an update of weights."""
+    try:
+        return original(manager, recv_req)
+    finally:
+        _weights_changed(over=True)
+
+
+def write_some_weights(original: Any, manager: Any, recv_req: Any) -> Any:
+    """AROUND those that write a part of them."""
+    try:
+        return original(manager, recv_req)
+    finally:
+        _weights_changed(over=False)
+
+
+def _weights_changed(*, over: bool) -> None:
+    """An update that fails may have written some of them, too."""
+    star = getattr(_scheduler, _EXTENSION, None)
+    if star is not None:
+        star.weights_changed(over=over)
+
+
 def send_abort_output(original: Any, scheduler: Any, abort_req: Any, req: Any) -> None:
     """AROUND ``Scheduler.send_abort_output``."""
     star = getattr(scheduler, _EXTENSION)

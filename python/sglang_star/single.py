@@ -10,7 +10,7 @@ from sglang_star.engine.real import SglangEngine
 from sglang_star.extension import Extension
 from sglang_star.faults import Faults
 from sglang_star.front import Front, open_links, open_transports
-from sglang_star.identity import fingerprint_of
+from sglang_star.identity import kind_of
 from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 POLL_S = 0.0005
 """How often the device is asked whether it is done, where it cannot wake a poll itself."""
-HOLD_SHARE = 0.9
-"""Of a decode step that queueing the next one may be put off; the rest prepares its launch."""
 IDLE_S = 0.005
 """Between two looks at the mail of a scheduler that has nothing else to do."""
 
@@ -36,14 +34,14 @@ class Single(Extension):
     def __init__(self, scheduler: Scheduler, config: StarConfig) -> None:
         self._scheduler = scheduler
         engine = SglangEngine(scheduler)
-        fingerprint = fingerprint_of(scheduler, engine.pages)
+        kind = kind_of(scheduler, engine.pages)
         links = open_links(scheduler, config)
         timer = StepTimer()
         self._faults = Faults()
         self._mail = links.mail
         agent = f"{links.peer.instance_id}/{links.peer.incarnation}"
         transports = open_transports(engine, config, agent)
-        mover = Mover(engine, links, config, fingerprint, self._faults, transports)
+        mover = Mover(engine, links, config, kind.text(), self._faults, transports)
         front = Front(
             scheduler,
             config,
@@ -52,7 +50,7 @@ class Single(Extension):
             mover,
             timer,
             self._faults,
-            fingerprint,
+            kind.fingerprint(),
             transports,
         )
         self._front = front
@@ -64,7 +62,7 @@ class Single(Extension):
             status=front.report,
             step_ms=lambda: timer.ema_ms,
         )
-        super().__init__(mover, timer, front)
+        super().__init__(engine, mover, timer, front)
 
     def tick(self) -> None:
         """See :class:`Extension`."""
@@ -78,6 +76,7 @@ class Single(Extension):
             self._orders.step()
         self._mover.flush()
         self._front.tell()
+        self._flight.boundary_s = time.monotonic()
 
     def _receive(self, *, urgent_only: bool = False) -> None:
         while (item := self._mail.take(urgent_only=urgent_only)) is not None:
@@ -91,13 +90,14 @@ class Single(Extension):
         """Let a guest that is about to arrive catch the step that would be queued now.
 
         Under overlap the device is still busy with the step before, so that nothing is lost by
-        queueing the next one a little later, and the guest gains a whole step.
+        queueing the next one a little later, and the guest gains a whole step. What was left of
+        that step is less by all that this boundary has taken already.
         """
         queue = getattr(self._scheduler, "result_queue", None)
         if not queue or self._timer.ema_ms <= 0.0:
             return
         running = device.pending(queue[-1][1])
-        until = time.monotonic() + HOLD_SHARE * self._timer.ema_ms / 1e3
+        until = self._flight.hold_until(self._timer.ema_ms / 1e3)
         while self._mover.target.expecting() and time.monotonic() < until and running():
             if self._mail.is_empty():
                 self._mail.wait(POLL_S)
@@ -106,14 +106,18 @@ class Single(Extension):
             self._mover.flush()
 
     def await_result(self, result: object) -> None:
-        """Pass tokens on to our clients while the device works on ``result``."""
+        """Pass tokens on to our clients while the device works on ``result``.
+
+        So does one that a guest is on its way to, to see when the device begins the next step.
+        """
         running = device.pending(result)
-        while self._mover.under_way and running():
+        while (self._mover.under_way or self._mover.target.moves) and running():
             if self._mail.is_empty() or not self._mail.is_urgent():
                 self._mail.wait(POLL_S)
             self._receive(urgent_only=True)
             self._mover.flush()
         device.settle(result)
+        self._flight.previous_s = time.monotonic()
 
     def may_sleep(self) -> bool:
         """See :class:`Extension`."""

@@ -34,6 +34,7 @@ class StarRequest:
         penalty_log: token ids its penalties have accumulated, in order; None if it has none.
         nothing_in_flight: it joins the batch with no step of its own under way, so that its
             penalties lag no token.
+        unbacked: the engine gave its KV back for want of memory, and kept no copy to resume from.
         known_output: of a request that arrives and has a grammar: its output when the move began.
         grammar_taken: how many of these its grammar has taken in.
     """
@@ -48,6 +49,7 @@ class StarRequest:
     track: Track | None = None
     penalty_log: array[int] | None = None
     nothing_in_flight: bool = False
+    unbacked: bool = False
     known_output: Sequence[int] | None = None
     grammar_taken: int = 0
 

@@ -212,7 +212,7 @@ def test_a_perfect_prediction_scores_perfectly(parts: dataset.Split) -> None:
 
 
 def test_running_means_repeat_the_engine(parts: dataset.Split) -> None:
-    from sglang_star.predictor.estimator import fuse
+    from unit.reference_estimator import fuse
 
     some = parts.test.select(np.arange(len(parts.test.rids)) < 5)
     mean = np.zeros(cases.HIDDEN, np.float32)

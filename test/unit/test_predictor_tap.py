@@ -40,6 +40,10 @@ def test_the_buffers_hold_the_largest_batch_that_a_graph_captures() -> None:
     assert runner._rows(args) == runner.MIN_ROWS
     graphs.decode.max_bs = 512
     assert runner._rows(args) == 512
+    graphs.decode.bs = [1, 600]
+    assert runner._rows(args) == 600
+    graphs.prefill.full_prefill_max_req = 650
+    assert runner._rows(args) == 650
     args = server_args.ServerArgs(model_path="none", max_running_requests=700)
     assert runner._rows(args) == 700
 
@@ -50,6 +54,46 @@ def test_an_oversize_batch_does_not_outlive_its_step() -> None:
     assert torch.equal(tap.latest(5), torch.ones(5, 3))
     tap.observe(torch.zeros(2, 3))
     assert torch.equal(tap.latest(2), torch.zeros(2, 3))
+
+
+class Captured:
+    """A decode graph: what is done in the capture is repeated by replays, and no Python is run.
+
+    A CUDA graph keeps the addresses of the capture; here its operations on them are repeated.
+    """
+
+    def __init__(self, tap: HiddenTap, rows: int) -> None:
+        self._states = torch.zeros(rows, tap._hidden.shape[1])
+        tap.observe(self._states)
+        self._hidden, self._update = tap._hidden[:rows], lambda: type(tap)._update(tap, rows)
+
+    def replay(self, states: torch.Tensor) -> None:
+        self._states[: len(states)] = states
+        self._hidden.copy_(self._states)
+        self._update()
+
+
+@pytest.mark.parametrize("eager", [9, 5, 4, 3])
+@pytest.mark.parametrize("kind", ["hidden", "projected"])
+def test_replays_are_seen_after_an_eager_batch_of_any_size(kind: str, eager: int) -> None:
+    head = cases.head()
+    tap = HiddenTap(4, 12, "cpu") if kind == "hidden" else ProjectionTap(4, head, "cpu")
+    graph = Captured(tap, 4)
+
+    def wanted(hidden: torch.Tensor) -> torch.Tensor:
+        return tap._of(hidden) if kind == "projected" else hidden
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        large = torch.randn(eager, 12)
+        tap.observe(large)
+        assert torch.allclose(tap.latest(eager), wanted(large), atol=1e-5)
+        # Nothing samples from some forwards, so that nobody takes their rows.
+        tap.observe(torch.randn(eager, 12))
+        for count in (3, 1, 4):
+            states = torch.randn(count, 12)
+            graph.replay(states)
+            assert torch.allclose(tap.latest(count), wanted(states), atol=1e-5)
 
 
 def test_steps_within_the_buffer_allocate_no_new_storage() -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 import sgl_kernel_ext as kernels
+from sglang_star.engine import kv_format
 from sglang_star.engine.copies import Begun, Lane
 
 if TYPE_CHECKING:
@@ -37,19 +37,14 @@ class KvPages:
         self._tree = scheduler.tree_cache
         self.page_size: int = self._allocator.page_size
         pool = self._allocator.get_kvcache()
-        buffers = _buffers(pool)
-        self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
+        buffers = kv_format.buffers(pool)
+        self.unsupported = kv_format.refusal(pool)
         self._kv = kernels.KvBuffers(buffers)
         self.device = self._kv.device
         kernels.prepare(self.device.type)
         self._lane = Lane(self.device)
         self.token_bytes = self._kv.slot_bytes
-        self.layout = [
-            f"{type(pool).__name__}",
-            f"{len(buffers)}x{self.token_bytes}",
-            f"page={self.page_size}",
-            *sorted({f"{buffer.dtype}{tuple(buffer.shape[1:])}" for buffer in buffers}),
-        ]
+        self.layout = kv_format.layout(pool)
 
     @property
     def capacity(self) -> int:
@@ -175,14 +170,3 @@ class KvPages:
             last_loc=last.to(device),
             extend_num_tokens=length - held,
         )
-
-
-def _buffers(pool: Any) -> list[torch.Tensor]:
-    """The per-layer tensors ``[slots, ...]`` of a pool whose layout we know, else nothing."""
-    if getattr(pool, "use_hnd", False):
-        return []
-    if type(pool) is MHATokenToKVPool:
-        return [*pool.k_buffer, *pool.v_buffer]
-    if type(pool) is MLATokenToKVPool:
-        return list(pool.kv_buffer)
-    return []

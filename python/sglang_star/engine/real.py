@@ -12,10 +12,11 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_serving
 
-from sglang_star.engine import batch, codec, replay
+from sglang_star.engine import batch, codec, replay, weights
 from sglang_star.engine.bounds import Bounds
 from sglang_star.engine.clock import Clock, RealClock
 from sglang_star.engine.copies import Unloading
+from sglang_star.engine.kv_format import model_refusal
 from sglang_star.engine.pages import KvPages
 from sglang_star.engine.tickets import Tickets
 from sglang_star.errors import MalformedMessage, OrderRefused
@@ -36,7 +37,7 @@ class SglangEngine:
         agree: see :class:`Tickets`; with several ranks.
 
     Attributes:
-        pages: its KV memory; tickets: copies of KV.
+        pages: its KV memory; loaded: the weights of its model; tickets: copies of KV.
     """
 
     def __init__(
@@ -53,7 +54,11 @@ class SglangEngine:
         self.tickets = Tickets(agree)
         self._draining: list[tuple[Collection[int], Req]] = []
         self.pages = KvPages(scheduler)
-        self.unsupported = self.pages.unsupported
+        self.loaded = weights.of_scheduler(scheduler)
+        server_args = scheduler.server_args
+        if server_args.startup_weight_load_mode != "overlap":  # else they are not all here yet
+            self.loaded.checksum()
+        self.unsupported = self.pages.unsupported or model_refusal(scheduler.model_config)
         self.page_size = self.pages.page_size
         self.token_bytes = self.pages.token_bytes
         self.serves_decode = scheduler.disaggregation_mode != DisaggregationMode.PREFILL
@@ -74,7 +79,7 @@ class SglangEngine:
 
     def weights(self) -> str:
         """See :class:`Engine`."""
-        return str(get_serving().weight_version)
+        return f"{get_serving().weight_version}@{self.loaded.checksum()}"
 
     def is_paused(self) -> bool:
         """See :class:`Engine`."""

@@ -61,7 +61,7 @@ class Engine(Protocol):
         """A name that nobody else has or can guess."""
 
     def weights(self) -> str:
-        """Version of the model's weights; KV of one is of no use to another."""
+        """Version and checksum of the model's weights; KV of others is of no use here."""
 
     def is_paused(self) -> bool:
         """Whether no step is made, by order."""

@@ -7,22 +7,24 @@ from typing import Final
 
 from sglang_star.engine.verbs import Engine
 from sglang_star.errors import OrderRefused
+from sglang_star.migration.kind import difference
 from sglang_star.protocol import DRAIN, Reserve
 
 HEADROOM_TOKENS: Final = 64
 """Free KV a target keeps beyond a guest's context, so that it can decode at all."""
 
 
-def check_kind(engine: Engine, message: Reserve, fingerprint: str) -> None:
+def check_kind(engine: Engine, message: Reserve, kind: str) -> None:
     """Whether its KV would be of use here.
 
     Raises:
-        OrderRefused: it would not.
+        OrderRefused: it would not, and why.
     """
-    if message.fingerprint != fingerprint:
+    if unlike := difference(message.fingerprint, kind):
         raise OrderRefused(
-            "another model, dtype, page size, parallelism or release runs here",
-            hint="compare star.fingerprint in both instances' /server_info",
+            f"KV of another kind is of no use here: {unlike}",
+            hint="give both instances the same model, arguments and releases; those whose "
+            "star.fingerprint in /server_info is equal can exchange requests",
         )
     check_weights(engine, message.weights)
 

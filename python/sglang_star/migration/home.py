@@ -24,7 +24,7 @@ from sglang_star.errors import MalformedMessage
 from sglang_star.migration.post import Post
 from sglang_star.migration.report import MoveLog
 from sglang_star.migration.states import Lent, LentEvent, Machine, lent
-from sglang_star.protocol import Inserted, MoveReport, Peer, Release, Route, TokenChunk
+from sglang_star.protocol import LOST, Inserted, MoveReport, Peer, Release, Route, TokenChunk
 from sglang_star.star_request import star_of
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,9 @@ class Home:
         reason = _reason(chunk.finished)
         self._engine.append(req, chunk.token_ids, chunk.details)
         star_of(req).estimate = chunk.remaining
+        if reason is not None and reason.get("type") == LOST:
+            self.reclaim(shadow, str(reason.get("message")))
+            return
         if req.finished():
             reason = None  # it saw the end itself, and why
         if reason is not None or req.finished():

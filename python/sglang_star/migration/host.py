@@ -14,7 +14,7 @@ import orjson
 from sglang_star.engine.verbs import Engine, Request
 from sglang_star.migration.post import Post
 from sglang_star.migration.states import Hosting, HostingEvent, Machine, hosting
-from sglang_star.protocol import Peer, Release, TokenChunk, Tokens
+from sglang_star.protocol import LOST, Peer, Release, TokenChunk, Tokens
 from sglang_star.star_request import star_of
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,9 @@ class Host:
     def aborted(self, guest: Guest, reason: dict[str, Any] | None) -> None:
         """The engine ended a guest outside its output stream: tell home."""
         if guest.wanted:
+            if star_of(guest.req).unbacked:
+                # Its client asked for no end, and home can have the KV computed again.
+                reason = {"type": LOST, "message": "its host ran out of KV memory"}
             reason = reason or {"type": "abort", "message": "Aborted at its migration target"}
             self._add(guest, (), orjson.dumps(reason))
         self._end(guest, HostingEvent.FINISH)

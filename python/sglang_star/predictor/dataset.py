@@ -12,9 +12,9 @@ import numpy as np
 from sglang_star.errors import ConfigError
 from sglang_star.predictor import echo
 from sglang_star.predictor.hazard import Array
+from sglang_star.predictor.memory import FADE
 from sglang_star.predictor.prompts import split_of
 from sglang_star.predictor.samples import Samples
-from sglang_star.predictor.state import FADE
 
 FEWEST_REQUESTS: Final = 20
 """Fewer requests than this in a split and nothing said about it would mean anything."""

@@ -34,7 +34,7 @@ class Echo:
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}
-        self._hits: deque[int] = deque(maxlen=WINDOW)
+        self._hits: deque[bool] = deque(maxlen=WINDOW)
         self._read = 0
 
     def share(self, ids: Sequence[int], visible: int) -> float:
@@ -45,12 +45,12 @@ class Echo:
         """
         visible = min(visible, len(ids))
         # What lies further back cannot matter any more.
-        begin = max(self._read, visible - WINDOW - MEMORY - GRAM)
-        for end in range(max(begin + 1, GRAM), visible + 1):
-            run = tuple(ids[end - GRAM : end])
-            before = self._last.get(run)
-            self._hits.append(int(before is not None and end - before <= MEMORY))
-            self._last[run] = end
+        begin = max(self._read, visible - WINDOW - MEMORY - GRAM, GRAM - 1)
+        last, before, hear = self._last, self._last.get, self._hits.append
+        new = ids[begin - GRAM + 1 : visible]
+        for end, run in enumerate(zip(*(new[i:] for i in range(GRAM)), strict=False), begin + 1):
+            hear(end - before(run, -MEMORY) <= MEMORY)
+            last[run] = end
         self._read = max(self._read, visible)
         if len(self._last) > 2 * MEMORY:
             oldest = visible - MEMORY

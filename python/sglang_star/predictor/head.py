@@ -106,6 +106,17 @@ class Head:
     def __init__(self, card: HeadCard, weights: Weights) -> None:
         self.card = card
         self.weights = weights
+        members, inputs, inner = weights.w1.shape
+        # All members side by side, and transposed: BLAS is twice as fast at few requests then.
+        self._w1 = np.ascontiguousarray(weights.w1.transpose(0, 2, 1).reshape(-1, inputs))
+        self._b1 = weights.b1.reshape(members * inner, 1)
+        self._w2 = np.ascontiguousarray(weights.w2.reshape(members * inner, -1).T) / members
+        self._b2 = weights.b2.mean(axis=0)
+
+    @property
+    def multiplications(self) -> int:
+        """What the host half costs for one request."""
+        return int(self._w1.size + self._w2.size)
 
     @property
     def width(self) -> int:
@@ -125,11 +136,12 @@ class Head:
             now, recent, mean: ``[n, m]`` projections, as :class:`state.Fusion` keeps them.
             features: ``[n, FEATURES]`` raw: tokens so far, prompt, max_new_tokens, echo.
         """
-        w = self.weights
         parts = [now, recent, mean, np.log1p(features)]
         inputs = np.concatenate(parts, axis=1, dtype=np.float32)
-        inner = np.maximum(inputs @ w.w1 + w.b1, 0.0)
-        return np.asarray((inner @ w.w2 + w.b2).mean(axis=0))
+        inner = self._w1 @ inputs.T
+        inner += self._b1
+        np.maximum(inner, 0.0, out=inner)
+        return np.asarray((self._w2 @ inner).T + self._b2)
 
     def quantiles(self, logits: Array) -> Array:
         """Calibrated remaining length at :data:`QUANTILE_LEVELS`, ``[n, q]`` tokens."""

@@ -46,7 +46,12 @@ Take = Callable[[Any, Sequence[Any], Sequence[int | None]], None]
 
 
 class HiddenTap:
-    """Static device buffer with the last-token hidden states of the latest forward."""
+    """Static device buffer with the last-token hidden states of the latest forward.
+
+    A replayed graph runs none of this: it only writes the buffers that it was captured with. So
+    nothing that an eager forward leaves behind may decide which buffer is read; the number of rows
+    alone does, and the buffer holds the first rows of every forward, however many there are.
+    """
 
     def __init__(self, rows: int, hidden_size: int, device: str) -> None:
         self._hidden = torch.zeros(rows, hidden_size, dtype=torch.float32, device=device)
@@ -54,18 +59,19 @@ class HiddenTap:
 
     def observe(self, hidden: torch.Tensor) -> None:
         """Take ``[n, d]`` states; allocation-free up to the buffer's rows."""
-        count = hidden.shape[0]
-        if count > self._hidden.shape[0]:
+        rows = self._hidden.shape[0]
+        if hidden.shape[0] > rows:
             self._oversize = self._of(hidden.float())
-            return
-        self._oversize = None
-        self._hidden[:count].copy_(hidden)
+        count = min(hidden.shape[0], rows)
+        self._hidden[:count].copy_(hidden[:count])
         self._update(count)
 
     def latest(self, count: int) -> torch.Tensor:
         """Return a copy of the first ``count`` rows: graph replays overwrite the buffer."""
-        source = self._static() if self._oversize is None else self._oversize
-        return source[:count].clone()
+        if count <= self._hidden.shape[0] or self._oversize is None:
+            return self._static()[:count].clone()
+        oversize, self._oversize = self._oversize, None
+        return oversize[:count].clone()
 
     def _of(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
@@ -221,8 +227,10 @@ class _Counted:
 
 def _rows(server_args: Any) -> int:
     # A captured step runs no Python: its batch has to fit the buffers from the start.
-    graphs = resolution_result(server_args, "cuda_graph_config")
-    limits = (server_args.max_running_requests, graphs and graphs.decode.max_bs)
+    limits = [server_args.max_running_requests]
+    if graphs := resolution_result(server_args, "cuda_graph_config"):
+        decode, prefill = graphs.decode, graphs.prefill
+        limits += [decode.max_bs, *(decode.bs or ()), prefill.full_prefill_max_req]
     return max(MIN_ROWS, *(limit or 0 for limit in limits))
 
 

@@ -15,42 +15,52 @@ import numpy as np
 from sglang_star.errors import MalformedMessage
 from sglang_star.predictor.echo import Echo
 from sglang_star.predictor.hazard import Array
+from sglang_star.predictor.memory import Memory
 from sglang_star.star_request import star_of
 
 MAX_WIDTH: Final = 4096
-
-
-FADE: Final = 0.98
-"""What is left of a projection's weight in ``recent`` with every further token."""
 
 
 class Fusion:
     """What is kept of a request's projections; nothing before its first decode step.
 
     Attributes:
-        recent: their mean, in which older ones fade; total: their sum. ``[m]`` each.
-        steps: how many there were.
+        memory, row: where it is kept.
         echo: of the output's tokens; rebuilt from them wherever the request goes.
     """
 
-    __slots__ = ("echo", "recent", "steps", "total")
+    __slots__ = ("echo", "memory", "row")
 
-    def __init__(self, width: int) -> None:
-        self.recent = np.zeros(width, np.float32)
-        self.total = np.zeros(width, np.float32)
-        self.steps = 0
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.row = memory.take()
         self.echo = Echo()
 
-    def add(self, row: Array) -> None:
-        """Take one decode step's projection, ``[m]``."""
-        self.steps += 1
-        self.recent += np.float32((1.0 - FADE) / (1.0 - FADE**self.steps)) * (row - self.recent)
-        self.total += row
+    def __del__(self) -> None:
+        self.memory.give(self.row)
+
+    def move_to(self, memory: Memory) -> None:
+        """Be kept there from now on, where projections are of the same width."""
+        row = memory.take()
+        memory.recent[row], memory.total[row] = self.recent, self.total
+        memory.steps[row] = self.steps
+        self.memory.give(self.row)
+        self.memory, self.row = memory, row
 
     @property
-    def mean(self) -> Array:
-        """Mean of the projections so far, ``[m]``."""
-        return self.total / self.steps
+    def recent(self) -> Array:
+        """Mean of the projections, in which older ones fade, ``[m]``."""
+        return np.asarray(self.memory.recent[self.row])
+
+    @property
+    def total(self) -> Array:
+        """Their sum, ``[m]``."""
+        return np.asarray(self.memory.total[self.row])
+
+    @property
+    def steps(self) -> int:
+        """How many there were."""
+        return int(self.memory.steps[self.row])
 
 
 class _Wire(msgspec.Struct, array_like=True, frozen=True):
@@ -98,8 +108,9 @@ def import_state(req: Any, data: bytes) -> None:
         raise MalformedMessage("predictor state has impossible sizes")
     if not np.isfinite(numbers).all():
         raise MalformedMessage("predictor state is not finite")
-    fusion = Fusion(len(total))
-    fusion.recent, fusion.total = recent.astype(np.float32), total.astype(np.float32)
-    fusion.steps = wire.steps
+    memory = Memory(len(total))
+    fusion = Fusion(memory)
+    memory.recent[fusion.row], memory.total[fusion.row] = recent, total
+    memory.steps[fusion.row] = wire.steps
     star = star_of(req)
     star.fusion, star.estimate = fusion, wire.estimate

@@ -23,7 +23,7 @@ from sglang_star.errors import SetupError, StarError
 from sglang_star.extension import Extension
 from sglang_star.faults import Faults
 from sglang_star.front import Front, open_links, open_transports
-from sglang_star.identity import fingerprint_of
+from sglang_star.identity import kind_of
 from sglang_star.migration.links import Links
 from sglang_star.migration.mailbox import OrderEnvelope
 from sglang_star.migration.mover import Mover
@@ -37,7 +37,7 @@ from sglang_star.ranks.posts import HeldPost
 from sglang_star.ranks.replica import Replica
 from sglang_star.ranks.step import StepInput
 from sglang_star.ranks.transports import RankTransports
-from sglang_star.single import HOLD_SHARE, IDLE_S, POLL_S
+from sglang_star.single import IDLE_S, POLL_S
 from sglang_star.status import StepTimer
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ SEED_BYTES = 16
 class _Hello(msgspec.Struct, array_like=True, frozen=True):
     """What ranks tell each other at the start; only rank 0 has a peer."""
 
-    fingerprint: str
     peer: Peer | None = None
 
 
@@ -64,7 +63,8 @@ class Member(Extension):
         self._clock = StepClock()
         self._steps: list[StepInput] = []
         engine = SglangEngine(scheduler, self._clock, lambda fares: ranks.least(*fares))
-        links, peer, fingerprint = _meet(ranks, scheduler, config, engine)
+        kind = kind_of(scheduler, engine.pages)
+        links, peer = _meet(ranks, scheduler, config)
         transports = open_transports(
             engine,
             config,
@@ -73,7 +73,7 @@ class Member(Extension):
         )
         faults, timer, ledger = Faults(), StepTimer(), Ledger()
         post = HeldPost(peer, ledger, links)
-        mover = Mover(engine, post, config, fingerprint, faults, transports, RealClock())
+        mover = Mover(engine, post, config, kind.text(), faults, transports, RealClock())
         front = None
         if links is not None:
             front = Front(
@@ -84,7 +84,7 @@ class Member(Extension):
                 mover,
                 timer,
                 faults,
-                fingerprint,
+                kind.fingerprint(),
                 transports,
             )
         self._orders = Orders(
@@ -106,7 +106,7 @@ class Member(Extension):
             faults,
             copies=lambda: engine.tickets.begun,
         )
-        super().__init__(mover, timer, front)
+        super().__init__(engine, mover, timer, front)
         logger.info("STAR: rank %d of %d", ranks.rank, ranks.size)
 
     # ------------------------------------------------------------------ SGLang's broadcast
@@ -143,7 +143,7 @@ class Member(Extension):
         if not queue or self._timer.ema_ms <= 0.0:
             return
         running = device.pending(queue[-1][1])
-        until = time.monotonic() + HOLD_SHARE * self._timer.ema_ms / 1e3
+        until = self._flight.hold_until(self._timer.ema_ms / 1e3)
         while not links.mail.has(Commit) and time.monotonic() < until and running():
             links.mail.is_empty()  # what has come already shall not end the wait
             links.mail.wait(POLL_S)
@@ -171,10 +171,12 @@ class Member(Extension):
                     self.front.links.reply(order, answer)
         if self.front is not None:
             self.front.tell()
+        self._flight.boundary_s = time.monotonic()
 
     def await_result(self, result: object) -> None:
         """Wait for a paced device; SGLang itself waits for a real one."""
         device.settle(result)
+        self._flight.previous_s = time.monotonic()
 
     def may_sleep(self) -> bool:
         """See :class:`Extension`: ranks without sockets sleep in the broadcast."""
@@ -186,10 +188,8 @@ class Member(Extension):
             self.front.links.mail.wait(IDLE_S)
 
 
-def _meet(
-    ranks: Ranks, scheduler: Scheduler, config: StarConfig, engine: SglangEngine
-) -> tuple[Links | None, Peer, str]:
-    """Open rank 0's sockets, and let all ranks know its name and the engine's fingerprint.
+def _meet(ranks: Ranks, scheduler: Scheduler, config: StarConfig) -> tuple[Links | None, Peer]:
+    """Open rank 0's sockets, and let all ranks know its name.
 
     Raises:
         StarError: rank 0 cannot open its sockets; every rank raises one.
@@ -201,7 +201,7 @@ def _meet(
             links = open_links(scheduler, config)
         except StarError as error:
             problem = error
-    hello = _Hello(fingerprint_of(scheduler, engine.pages), links.peer if links else None)
+    hello = _Hello(links.peer if links else None)
     heard = [
         msgspec.msgpack.decode(one, type=_Hello)
         for one in ranks.gather(msgspec.msgpack.encode(hello))
@@ -209,7 +209,7 @@ def _meet(
     peer = heard[0].peer
     if peer is None:
         raise problem
-    return links, peer, heard[0].fingerprint
+    return links, peer
 
 
 def _no_status() -> InstanceStatus:

@@ -12,7 +12,13 @@ _ROWS: Final = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
 _SLOTS: Final = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
 _PAGED: Final = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
 _TREE: Final = "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache"
+_MHA: Final = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
+_MLA: Final = "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool"
+_UNQUANTISED: Final = (
+    "sglang.srt.layers.quantization.fp4_kv_cache_quant_method.UnquantizedKVCacheMethod"
+)
 _PAGES: Final = "engine.pages"
+_FORMAT: Final = "engine.kv_format"
 
 ROWS: Final[tuple[Row, ...]] = (
     Function(
@@ -50,12 +56,22 @@ ROWS: Final[tuple[Row, ...]] = (
         "extend_num_tokens",
     ),
     # Tensors.
-    Class(_POOLS + ".MHATokenToKVPool", "its KV can move: keys and values by layer", _PAGES),
-    Attribute(_POOLS + ".MHATokenToKVPool.k_buffer", "[slots, heads, d] by layer", _PAGES),
-    Attribute(_POOLS + ".MHATokenToKVPool.v_buffer", "[slots, heads, d] by layer", _PAGES),
-    Attribute(_POOLS + ".MHATokenToKVPool.use_hnd", "another layout, which cannot move", _PAGES),
-    Class(_POOLS + ".MLATokenToKVPool", "its KV can move: one latent by layer", _PAGES),
-    Attribute(_POOLS + ".MLATokenToKVPool.kv_buffer", "[slots, 1, d] by layer", _PAGES),
+    Class(_MHA, "its KV can move: keys and values by layer", _FORMAT),
+    Attribute(_MHA + ".k_buffer", "[slots, heads, d] by layer", _FORMAT),
+    Attribute(_MHA + ".v_buffer", "[slots, heads, d] by layer", _FORMAT),
+    Attribute(_MHA + ".kv_cache_layout", "only nhd can move", _FORMAT),
+    Attribute(_MHA + ".quant_method", "quantised KV has scales beside it", _FORMAT),
+    Attribute(_MHA + ".k_scale_buffer", "scales beside the keys, which do not move", _FORMAT),
+    Attribute(_MHA + ".v_scale_buffer", "scales beside the values, which do not move", _FORMAT),
+    Class(_UNQUANTISED, "what KV without such scales has", _FORMAT),
+    Class(_MLA, "its KV can move: one latent by layer", _FORMAT),
+    Attribute(_MLA + ".kv_buffer", "[slots, 1, d] by layer", _FORMAT),
+    Attribute(_MLA + ".use_dsa", "an indexer's keys do not move", _FORMAT),
+    Attribute(_MLA + ".layer_shard_enabled", "not all layers are here", _FORMAT),
+    Attribute(_POOLS + ".KVCache.dtype", "fp8 of which kind: both are stored as bytes", _FORMAT),
+    Attribute(_POOLS + ".KVCache.store_dtype", "what is stored", _FORMAT),
+    Attribute(_POOLS + ".KVCache.page_size", "must be equal", _FORMAT),
+    Attribute(_POOLS + ".KVCache.start_layer", "must be equal", _FORMAT),
     # The prefix cache.
     Function(_TREE + ".evictable_size", "slots that could be free", _PAGES),
     Function(_TREE + ".root_node_handle", "a guest begins at the root", _PAGES, takes="extra_key"),

@@ -12,13 +12,14 @@ _LOGITS: Final = "sglang.srt.layers.logits_processor.LogitsProcessorOutput"
 _AUX: Final = "sglang.srt.managers.auxiliary_output"
 _FORWARD: Final = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 _GRAPHS: Final = "sglang.srt.model_executor.cuda_graph_config"
+_ATTENTION: Final = "sglang.srt.layers.radix_attention.RadixAttention"
 _PRED: Final = "predictor.runner"
 
 ROWS: Final[tuple[Row, ...]] = (
     Attribute(
         "sglang.srt.managers.tp_worker.TpModelWorker.model_runner", "the model's runner", _PRED
     ),
-    Attribute(_RUNNER + ".model", "a head belongs to its norms", _PRED),
+    Attribute(_RUNNER + ".model", "a head belongs to its norms; its weights", _PRED),
     Attribute(_RUNNER + ".model_config", "a head belongs to a model's shape", _PRED),
     Attribute(_RUNNER + ".device", "where the predictor's buffers go", _PRED),
     Attribute(_RUNNER + ".server_args", "whether execution is paced", "platform.paced"),
@@ -31,15 +32,25 @@ ROWS: Final[tuple[Row, ...]] = (
     Attribute(_CONFIG + ".vocab_size", "shape", "predictor.fingerprint"),
     Attribute(_CONFIG + ".dtype", "part of the fingerprint", "identity"),
     Attribute(_CONFIG + ".context_len", "part of the fingerprint", "identity"),
+    Attribute(_CONFIG + ".quantization", "part of the fingerprint", "identity"),
+    Attribute(_CONFIG + ".attention_arch", "part of the fingerprint", "identity"),
+    Attribute(_CONFIG + ".is_encoder_decoder", "its KV cannot move", "engine.kv_format"),
+    # Weights.
+    Class(_ATTENTION, "its scales of KV are weights, too", "engine.weights"),
+    Attribute(_ATTENTION + ".k_scale_float", "what keys are scaled by", "engine.weights"),
+    Attribute(_ATTENTION + ".v_scale_float", "what values are scaled by", "engine.weights"),
     # The predictor's rows.
     Function(
         "sglang.srt.arg_groups.overrides.resolution_result",
-        "how large a batch graphs capture",
-        _PRED,
+        "how large a batch graphs capture; arguments in force",
+        "predictor.runner engine.settings",
         takes="server_args, field",
     ),
     Field(_GRAPHS + ".CudaGraphConfig.decode", "the graphs of decode steps", _PRED),
+    Field(_GRAPHS + ".CudaGraphConfig.prefill", "the graphs of prefills", _PRED),
     Field(_GRAPHS + ".PhaseConfig.max_bs", "requests in the largest of them", _PRED),
+    Field(_GRAPHS + ".PhaseConfig.bs", "requests in each, where they were listed", _PRED),
+    Field(_GRAPHS + ".PhaseConfig.full_prefill_max_req", "requests in a prefill's", _PRED),
     Field(_LOGITS + ".next_token_logits", "requests in the step", _PRED),
     Field(_LOGITS + ".auxiliary_device_output", "rows leave the device with the step", _PRED),
     Function(

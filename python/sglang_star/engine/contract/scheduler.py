@@ -25,8 +25,8 @@ ROWS: Final[tuple[Row, ...]] = (
         _S + ".disaggregation_mode", "the instance's role", "status engine.real engine.batch"
     ),
     Attribute(_S + ".enable_overlap", "a step is in flight at a boundary", "engine.batch"),
-    Attribute(_S + ".tp_worker", "holds the model runner", "predictor.runner"),
-    Attribute(_S + ".tp_cpu_group", "ranks agree over it", "ranks.member"),
+    Attribute(_S + ".tp_worker", "holds the model runner", "predictor.runner engine.weights"),
+    Attribute(_S + ".tp_cpu_group", "ranks agree over it", "ranks.member engine.weights"),
     Attribute(_S + "._engine_paused", "whether steps are made", "engine.real engine.batch"),
     Attribute(_S + ".max_running_requests", "most requests in a batch", "engine.real"),
     # The batch.
