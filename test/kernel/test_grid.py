@@ -66,7 +66,10 @@ def test_transfer(grid: Any, case: Case, workers: int) -> None:
 def test_rows_of_whole_vectors_are_copied_in_vectors(grid: Any, name: str, tokens: int) -> None:
     pool, counts = KvBuffers(LAYOUTS[name](100)), counted()
     out = torch.empty(tokens * pool.slot_bytes, dtype=torch.uint8)
-    grid.gather(pool.host_table, torch.randperm(100)[:tokens], out, 8, counts)
+    slots, expected = torch.randperm(100)[:tokens], torch.empty_like(out)
+    gather_kv(pool.rows, slots, expected)
+    grid.gather(pool.host_table, slots, out, 8, counts)
+    assert torch.equal(out, expected)
     assert counts.tolist() == [0, 0, 0, out.numel() // 16, 0]
 
 
