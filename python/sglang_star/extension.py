@@ -21,7 +21,7 @@ from sglang_star.migration.mover import Mover
 from sglang_star.migration.post import PeerLost
 from sglang_star.migration.transport.build import build, names
 from sglang_star.orders import Orders
-from sglang_star.platform import device
+from sglang_star.platform import ballast, device
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, Peer, PeerMessage
 from sglang_star.status import ROLES, StatusReporter, StepTimer
 
@@ -87,6 +87,7 @@ class Extension:
             self._links.dropped,
             self._transports,
         )
+        self._inspector = ballast.inspector(scheduler)
         self._next_status = 0.0
         self._watched: frozenset[tuple[Peer, str]] = frozenset()
         self._orders = Orders(
@@ -238,6 +239,9 @@ class Extension:
 
     def decoded(self, *, steady: bool) -> None:
         """A batch result was processed; ``steady`` if it was a decode step."""
+        if steady and self._inspector is not None:
+            with self._faults.contained("KV"):
+                self._inspector.step(self._scheduler.running_batch.reqs)
         if steady:
             self._timer.decoded()
         else:

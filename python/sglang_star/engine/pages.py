@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from sgl_kernel_ext import as_token_rows, gather_kv, scatter_kv
 from sglang_star.engine.copies import Begun, Lane
+from sglang_star.platform import ballast
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -39,6 +40,8 @@ class KvPages:
         pool = self._allocator.get_kvcache()
         buffers = _buffers(pool)
         self.unsupported = "" if buffers else f"KV pool {type(pool).__name__} cannot move"
+        own_bytes = sum(buffer[0].nbytes for buffer in buffers)
+        buffers += ballast.beside(pool, own_bytes, scheduler.server_args) if buffers else []
         self._rows = [as_token_rows(buffer) for buffer in buffers]
         self.device = buffers[0].device if buffers else torch.device("cpu")
         self._lane = Lane(self.device)
