@@ -26,6 +26,17 @@ CPU_ENVIRONMENT: Final = {
 CPU_FLAGS: Final = ("--device", "cpu", "--sleep-on-idle")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process runs: the address it listens on, and what precedes its command line there."""
+
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()
+
+
+HERE: Final = Place()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """What to start. Either ``aggregated`` engines, or ``prefill`` and ``decode`` ones.
@@ -37,6 +48,7 @@ class ClusterSpec:
         max_total_tokens: KV pool of each engine, tokens.
         engine_arguments, decode_arguments, router_arguments: added to the command lines of all
             engines, of decode engines, and of the router; the last word wins.
+        places: of the engines, in starting order, and of the router; empty: all on this machine.
         start_timeout_s: longest time until everything answers ``/health``.
         star: False starts plain SGLang engines, for comparison.
     """
@@ -54,6 +66,7 @@ class ClusterSpec:
     engine_arguments: tuple[str, ...] = ()
     decode_arguments: tuple[str, ...] = ()
     router_arguments: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
     start_timeout_s: float = 600.0
     star: bool = True
 
@@ -73,6 +86,16 @@ class ClusterSpec:
                 "a cluster needs --aggregated M, or both --prefill N and --decode M",
                 hint="for example: star cluster --prefill 1 --decode 2",
             )
+        if self.places and len(self.places) != len(self.roles) + 1:
+            raise ConfigError(
+                f"{len(self.places)} places for {len(self.roles)} engines and a router",
+                hint="give one for each, or none",
+            )
+
+    @property
+    def router_host(self) -> str:
+        """Where the router listens."""
+        return self.places[-1].address if self.places else self.host
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -101,27 +124,31 @@ class Engine:
 
 
 def engines(spec: ClusterSpec) -> Iterator[Engine]:
-    """Lay out the engines on free ports of this machine."""
+    """Lay out the engines on free ports of this machine, which are free on another as well."""
     ports = iter(free_ports(2 * len(spec.roles)))
     numbers: dict[str, int] = {}
-    for role in spec.roles:
+    for at, role in enumerate(spec.roles):
+        place = spec.places[at] if spec.places else HERE
         number = numbers[role] = numbers.get(role, -1) + 1
         name, port, bootstrap_port = f"{role}-{number}", next(ports), next(ports)
         yield Engine(
             name=name,
             role=role,
-            url=f"http://127.0.0.1:{port}",
+            url=f"http://{place.address}:{port}",
             bootstrap_port=bootstrap_port if role == "prefill" else 0,
-            command=engine_command(spec, name, role, port, bootstrap_port),
+            command=(
+                *place.enter,
+                *engine_command(spec, name, role, port, bootstrap_port, place.address),
+            ),
         )
 
 
 def engine_command(
-    spec: ClusterSpec, name: str, role: str, port: int, bootstrap_port: int
+    spec: ClusterSpec, name: str, role: str, port: int, bootstrap_port: int, host: str
 ) -> tuple[str, ...]:
-    """Return the command line of one engine."""
+    """Return the command line of one engine, on a machine that others reach as ``host``."""
     command = [sys.executable, "-m", "sglang.launch_server"]
-    command += ["--model-path", spec.model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model-path", spec.model, "--host", host, "--port", str(port)]
     command += ["--max-total-tokens", str(spec.max_total_tokens), "--random-seed", "1"]
     if not has_gpu():
         command += CPU_FLAGS
@@ -132,6 +159,8 @@ def engine_command(
         command += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
     if spec.star:
         command += ["--star", "--star-instance-id", name, "--star-predictor", spec.predictor]
+        if host != HERE.address:
+            command += ["--star-host", host]
         if spec.paced:
             command += ["--star-paced", spec.paced]
     return (*command, *spec.engine_arguments, *(spec.decode_arguments if role == "decode" else ()))
@@ -139,8 +168,9 @@ def engine_command(
 
 def router_command(spec: ClusterSpec, members: tuple[Engine, ...], port: int) -> tuple[str, ...]:
     """Return the command line of the router in front of ``members``."""
-    command = [sys.executable, "-m", "sglang_star_router.launch_router"]
-    command += ["--host", spec.host, "--port", str(port), "--rescheduler", spec.rescheduler]
+    command = [*(spec.places[-1].enter if spec.places else ())]
+    command += [sys.executable, "-m", "sglang_star_router.launch_router"]
+    command += ["--host", spec.router_host, "--port", str(port), "--rescheduler", spec.rescheduler]
     if spec.aggregated:
         command += ["--worker-urls", *(engine.url for engine in members)]
     else:
