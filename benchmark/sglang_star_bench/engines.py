@@ -122,6 +122,8 @@ class Stream:
                 now, chunk = time.time(), json.loads(line[6:])
                 if "error" in chunk:
                     raise PeerError(f"{url} broke a stream off: {chunk['error']}")
-                if len(chunk["output_ids"]) > self.tokens:
-                    self.token_ids = chunk["output_ids"]
+                new = chunk["meta_info"]["completion_tokens"] - self.tokens
+                if new > 0:
+                    # All of the output, or, with --incremental-streaming-output, what is new.
+                    self.token_ids += chunk["output_ids"][-new:]
                     self.arrivals.append((now, self.tokens))
