@@ -99,6 +99,7 @@ def test_an_inspector_comes_by_every_position() -> None:
     prompt, output = tokens[:2000].tolist(), [*tokens[2000:].tolist(), 5]
     req: Any = SimpleNamespace(
         rid="r",
+        finished=lambda: False,
         origin_input_ids=prompt,
         output_ids=output,
         kv=SimpleNamespace(req_pool_idx=1),

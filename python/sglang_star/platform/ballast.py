@@ -136,6 +136,8 @@ class Inspector:
         cursors = {id(req): self._next.get(id(req), 0) for req in reqs}
         self._next = {}
         for req in reqs:
+            if req.finished():  # its KV is given back
+                continue
             length, start = completed_tokens(req), cursors[id(req)]
             start = start if start < length else 0
             end = min(length, start + PER_STEP)
