@@ -114,7 +114,7 @@ def measured(
             network = stack.enter_context(Network(2, keep=[logs]))
         spec = pair(args, transport, plans, network)
         require_memory(2, spec.model, 2 * spec.max_total_tokens * args.kv_bytes)
-        engines = stack.enter_context(running([spec], logs))
+        engines = stack.enter_context(running([spec], logs, fork=True))
         for plan in plans:
             carried: Callable[[], int] = int
             if network is not None:

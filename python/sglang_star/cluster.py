@@ -21,6 +21,7 @@ from sglang_star.cluster_layout import (
     HERE,
     ClusterSpec,
     Engine,
+    Place,
     engines,
     router_command,
 )
@@ -122,7 +123,9 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             forks = self.forks or self._fork_server(stack)
             for engine in self.engines:
-                self._launch(engine.name, engine.command, engine.url, CPU_ENVIRONMENT, forks)
+                self._launch(
+                    engine.name, engine.command, engine.url, CPU_ENVIRONMENT, forks, engine.place
+                )
             self._start_router(spec, port)
             self._wait(self._processes, began, forks)
 
@@ -140,7 +143,8 @@ class Cluster:
 
     def _start_router(self, spec: ClusterSpec, port: int) -> None:
         self.url = f"http://{spec.router_host}:{port}"
-        self._launch("router", router_command(spec, self.engines, port), self.url, {})
+        place = spec.places[-1] if spec.places else HERE
+        self._launch("router", router_command(spec, self.engines, port), self.url, {}, None, place)
 
     def _launch(
         self,
@@ -149,6 +153,7 @@ class Cluster:
         url: str,
         environment: dict[str, str],
         forks: ForkServer | None = None,
+        place: Place = HERE,
     ) -> None:
         self._processes.append(
             ServerProcess(
@@ -158,6 +163,7 @@ class Cluster:
                 log=self.logs / f"{name}.log",
                 environment=environment,
                 forks=forks,
+                place=place,
             )
         )
 

@@ -28,13 +28,30 @@ CPU_FLAGS: Final = ("--device", "cpu", "--sleep-on-idle")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a process runs: the address it listens on, and what precedes its command line there."""
+    """Where a process runs.
+
+    Attributes:
+        address: what it listens on.
+        namespaces: the kernel's files of namespaces that it is to be in, as in /proc/PID/ns.
+        environment: variables that it gets there.
+    """
 
     address: str = "127.0.0.1"
-    enter: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def enter(self) -> tuple[str, ...]:
+        """What precedes a command line that is to run there."""
+        if not self.namespaces:
+            return ()
+        files = (f"--{SPACES[file.rsplit('/', 1)[1]]}={file}" for file in self.namespaces)
+        return ("nsenter", *files, "--", "env", *(f"{k}={v}" for k, v in self.environment))
 
 
 HERE: Final = Place()
+SPACES: Final = {"net": "net", "mnt": "mount", "ipc": "ipc"}
+"""Options of ``nsenter`` by the kernel's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +130,7 @@ class Engine:
 
     Attributes:
         name: its instance id: the role and a number.
+        command: its command line, at its place.
         bootstrap_port: where decode engines meet it; 0 unless it does prefill.
     """
 
@@ -121,6 +139,7 @@ class Engine:
     url: str
     bootstrap_port: int
     command: tuple[str, ...]
+    place: Place = HERE
 
 
 def engines(spec: ClusterSpec) -> Iterator[Engine]:
@@ -136,10 +155,8 @@ def engines(spec: ClusterSpec) -> Iterator[Engine]:
             role=role,
             url=f"http://{place.address}:{port}",
             bootstrap_port=bootstrap_port if role == "prefill" else 0,
-            command=(
-                *place.enter,
-                *engine_command(spec, name, role, port, bootstrap_port, place.address),
-            ),
+            command=engine_command(spec, name, role, port, bootstrap_port, place.address),
+            place=place,
         )
 
 
@@ -168,8 +185,7 @@ def engine_command(
 
 def router_command(spec: ClusterSpec, members: tuple[Engine, ...], port: int) -> tuple[str, ...]:
     """Return the command line of the router in front of ``members``."""
-    command = [*(spec.places[-1].enter if spec.places else ())]
-    command += [sys.executable, "-m", "sglang_star_router.launch_router"]
+    command = [sys.executable, "-m", "sglang_star_router.launch_router"]
     command += ["--host", spec.router_host, "--port", str(port), "--rescheduler", spec.rescheduler]
     if spec.aggregated:
         command += ["--worker-urls", *(engine.url for engine in members)]

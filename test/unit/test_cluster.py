@@ -209,19 +209,25 @@ def test_disaggregated_layout() -> None:
 
 
 def test_engines_and_router_on_machines_of_their_own() -> None:
-    places = tuple(Place(f"10.0.0.{n}", ("enter", str(n))) for n in range(1, 5))
+    places = tuple(Place(f"10.0.0.{n}") for n in range(1, 5))
     spec = ClusterSpec(model="m", prefill=1, decode=2, places=places)
     engines = tuple(cluster_layout.engines(spec))
     for place, engine in zip(places, engines, strict=False):
-        assert engine.command[:2] == place.enter
+        assert engine.place is place
         assert engine.url.startswith(f"http://{place.address}:")
         assert value_of(engine.command, "--host") == place.address
         assert value_of(engine.command, "--star-host") == place.address
     router = cluster_layout.router_command(spec, engines, 9000)
-    assert router[:2] == ("enter", "4")
     assert value_of(router, "--host") == places[3].address
     with pytest.raises(ConfigError, match="3 places"):
         ClusterSpec(model="m", prefill=1, decode=2, places=places[:3])
+
+
+def test_a_place_is_entered_by_its_namespaces() -> None:
+    there = Place("a", ("/proc/7/ns/net", "/proc/7/ns/mnt"), (("UCX_TLS", "tcp"),))
+    namespaces = ("--net=/proc/7/ns/net", "--mount=/proc/7/ns/mnt")
+    assert there.enter == ("nsenter", *namespaces, "--", "env", "UCX_TLS=tcp")
+    assert Place().enter == ()
 
 
 def test_plain_sglang_gets_no_star_flag() -> None:
