@@ -1,10 +1,10 @@
 """Several machines on one: network namespaces joined by a switch, sharing nothing else.
 
-Each machine has a network, a /dev/shm, a /tmp and System V memory of its own; files elsewhere, such
-as the installation, are the same on all, as they would be on equal machines. Every link is held to
-a rate in both directions and can be cut, alone or between two machines only. Needs Linux, root, and
-``ip``, ``tc``, ``unshare`` and ``nsenter``; leaves nothing behind, even if this process is killed:
-the kernel removes the whole with the last process in it.
+Each machine has a network, processes, a /dev/shm, a /tmp and System V memory of its own; files
+elsewhere, such as the installation, are the same on all, as they would be on equal machines. Every
+link is held to a rate in both directions and can be cut, alone or between two machines only. Needs
+Linux, root, and ``ip``, ``tc``, ``unshare`` and ``nsenter``; leaves nothing behind, even if this
+process is killed: the kernel removes the whole with the last process in it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from typing import Final
 from sglang_star.cluster_layout import Place
 from sglang_star.errors import SetupError
 
+SPACES: Final = (
+    *("--net", "--mount", "--ipc", "--pid"),
+    *("--fork", "--propagation", "private"),
+)
+_NAMES: Final = ("net", "ipc", "pid_for_children", "mnt")
 TOOLS: Final = ("ip", "tc", "unshare", "nsenter", "mount")
 SUBNET: Final = "198.19.{}.{}"
 """Set aside for measurements between networks (RFC 2544)."""
@@ -46,9 +51,11 @@ for folder; do
 done
 mount --move /dev/shm/tmp /tmp
 rmdir /dev/shm/tmp
+mount -t proc proc /proc
 ip link set lo up
 echo ready
-exec cat
+# Not by exec: this is process 1, and a shell collects orphans while it waits.
+cat
 """
 
 
@@ -59,9 +66,7 @@ def unavailable() -> str:
     for tool in TOOLS:
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
-    tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--ipc", "true"], capture_output=True, text=True
-    )
+    tried = subprocess.run(["unshare", *SPACES, "true"], capture_output=True, text=True)
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
@@ -168,8 +173,7 @@ class Network:
         return int(port["rx"]["bytes"]), int(port["tx"]["bytes"])
 
     def _machine(self, stack: contextlib.ExitStack, number: int) -> Machine:
-        spaces = ["unshare", "--net", "--mount", "--ipc", "--propagation", "private"]
-        pid = self._hold(stack, spaces, _PREPARE, self._keep)
+        pid = self._hold(stack, ["unshare", *SPACES], _PREPARE, self._keep)
         self._holders.append(pid)
         self._in_switch(
             "ip", "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0",
@@ -182,9 +186,8 @@ class Network:
         _run(*inside, "ip", "link", "set", "eth0", "up")
         _run(*inside, "ip", "route", "add", "default", "via", self.address)
         self._hold_link(number)
-        namespaces = tuple(f"/proc/{pid}/ns/{space}" for space in ("net", "ipc", "mnt"))
-        # UCX takes two processes of one kernel for two of one machine, which may read each other's
-        # memory.
+        namespaces = tuple(f"/proc/{pid}/ns/{space}" for space in _NAMES)
+        # UCX would ask the kernel, which is the same, whether they are on one machine.
         return Machine(number, address, Place(address, namespaces, (("UCX_TLS", "tcp"),)))
 
     def _hold(

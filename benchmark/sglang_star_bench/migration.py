@@ -144,7 +144,7 @@ def pair(
         arguments += ["--json-model-override-args", json.dumps(more)]
     if longest > CHUNK:
         # Over plain torch each chunk costs as much attention as the whole prompt.
-        arguments += ["--chunked-prefill-size", "-1"]
+        arguments += ["--chunked-prefill-size", "-1", "--mem-fraction-static", "0.5"]
     places = (*(machine.place for machine in network.machines), Place()) if network else ()
     return ClusterSpec(
         model=str(tiny_model()) if args.model == TINY else args.model or str(default_model()),

@@ -50,7 +50,7 @@ class Place:
 
 
 HERE: Final = Place()
-SPACES: Final = {"net": "net", "mnt": "mount", "ipc": "ipc"}
+SPACES: Final = {"net": "net", "mnt": "mount", "ipc": "ipc", "pid_for_children": "pid"}
 """Options of ``nsenter`` by the kernel's names."""
 
 

@@ -224,8 +224,9 @@ def test_engines_and_router_on_machines_of_their_own() -> None:
 
 
 def test_a_place_is_entered_by_its_namespaces() -> None:
-    there = Place("a", ("/proc/7/ns/net", "/proc/7/ns/mnt"), (("UCX_TLS", "tcp"),))
-    namespaces = ("--net=/proc/7/ns/net", "--mount=/proc/7/ns/mnt")
+    files = ("/proc/7/ns/net", "/proc/7/ns/pid_for_children", "/proc/7/ns/mnt")
+    there = Place("a", files, (("UCX_TLS", "tcp"),))
+    namespaces = (f"--net={files[0]}", f"--pid={files[1]}", f"--mount={files[2]}")
     assert there.enter == ("nsenter", *namespaces, "--", "env", "UCX_TLS=tcp")
     assert Place().enter == ()
 

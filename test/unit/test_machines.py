@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def network() -> Iterator[Network]:
             subprocess.Popen(
                 [*machine.place.enter, sys.executable, "-c", LISTEN, machine.address],
                 stdout=subprocess.PIPE,
+                start_new_session=True,
             )
             for machine in made.machines
         ]
@@ -61,7 +63,7 @@ def network() -> Iterator[Network]:
             assert server.stdout.readline()
         yield made
         for server in servers:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)  # what enters a machine forks
             server.communicate()
 
 
@@ -84,6 +86,19 @@ def test_they_share_no_memory_and_no_temporary_files(network: Network, tmp_path:
         assert shell(first, f"echo mine > {name}; cat {name}") == "mine\n"
         assert shell(second, f"cat {name}") == ""
         assert not Path(name).exists()
+
+
+def test_they_do_not_see_each_others_processes(network: Network) -> None:
+    first, second, _ = network.machines
+    listed = "ls /proc | grep -c '^[0-9]'"
+    # Its shell, that which it waits for, and what listens; and these.
+    assert 3 <= int(shell(first, listed)) < 10
+    # A shell's child that outlives it is collected by the machine's first process.
+    shell(second, "(sleep 0.1; true) & (true) &")
+    deadline = time.monotonic() + HANGS_S
+    while shell(second, "grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_bytes_pass_and_are_counted(network: Network) -> None:

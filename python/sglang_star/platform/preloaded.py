@@ -92,6 +92,9 @@ def _supervise(order: dict[str, Any], owner: int) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         supervise.begin()
+        output = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+        # Of processes, only children come into another namespace.
+        _enter(order["namespaces"])
         grouped, tell = os.pipe()
         engine = os.fork()
         if engine == 0:
@@ -99,7 +102,8 @@ def _supervise(order: dict[str, Any], owner: int) -> NoReturn:
             os.close(tell)
             os.close(grouped)
             os.close(owner)
-            _serve(order)
+            os.environ.update(order["environment"])
+            _serve(order["arguments"], output)
         os.close(tell)
         os.read(grouped, 1)  # its group exists from here on
         status = supervise.guard(engine, owner, order["grace_s"])
@@ -110,16 +114,13 @@ def _supervise(order: dict[str, Any], owner: int) -> NoReturn:
         os._exit(status)
 
 
-def _serve(order: dict[str, Any]) -> NoReturn:
+def _serve(arguments: list[str], output: int) -> NoReturn:
     """In a child's child: become ``python -m sglang.launch_server ARGUMENTS``."""
-    status, arguments = 1, order["arguments"]
+    status = 1
     try:
         supervise.default_signals()
-        output = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        _enter(order["namespaces"])
-        os.environ.update(order["environment"])
         sys.argv = [MODULE, *arguments]
         # What `ps` shows and `pkill -f` finds, as if it had been started by itself.
         setproctitle.setproctitle(shlex.join(["python", "-m", MODULE, *arguments]))
