@@ -96,7 +96,7 @@ def test_an_inspector_comes_by_every_position() -> None:
     row = torch.randperm(4096)[:length]
     tokens = torch.randint(49_152, (length,))
     ballast.write(row, tokens, torch.arange(length))
-    prompt, output = tokens[:2000].tolist(), [*tokens[2000:].tolist(), 5]
+    prompt, output = tokens[:900].tolist(), [*tokens[900:].tolist(), 5]
     req: Any = SimpleNamespace(
         rid="r",
         finished=lambda: False,
@@ -112,6 +112,6 @@ def test_an_inspector_comes_by_every_position() -> None:
     with pytest.raises(ValueError, match="first 10"):
         inspector.step([req])
     ballast.buffers[0][row[10]] -= 1
-    ballast.buffers[0][row[2100]] += 1
-    with pytest.raises(ValueError, match="first 2100"):
+    ballast.buffers[0][row[PER_STEP + 52]] += 1
+    with pytest.raises(ValueError, match=f"first {PER_STEP + 52}"):
         inspector.step([req])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROW_BYTES: Final = 1024
 """K or V of one layer: 4 heads of 128 in 16 bits."""
-PER_STEP: Final = 2048
+PER_STEP: Final = 1024
 """Positions of each request that are inspected in one step."""
 _WORD: Final = 8
 _BELONGS: Final = "_star_ballast"
