@@ -102,8 +102,9 @@ async def streams(fleet: Fleet) -> AsyncIterator[list[Endless]]:
         for stream in made:
             await stream.leave()
     await fleet.settle()
-    for stream in made:
-        assert stream.tokens == await stream.twin()
+    twins = await asyncio.gather(*(stream.twin() for stream in made))
+    for stream, twin in zip(made, twins, strict=True):
+        assert stream.tokens == twin
     await fleet.settle()
 
 
