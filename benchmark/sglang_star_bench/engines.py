@@ -15,6 +15,7 @@ import psutil  # type: ignore[import-untyped]
 
 from sglang_star.cluster_layout import CPU_ENVIRONMENT, ClusterSpec, Engine, engines
 from sglang_star.errors import PeerError
+from sglang_star.forkserver import ForkServer, forkable
 from sglang_star.machine import require_memory
 from sglang_star.process import ServerProcess, wait_healthy
 
@@ -23,9 +24,15 @@ WARM_UP_TOKENS = 4
 
 @contextlib.contextmanager
 def running(
-    specs: Sequence[ClusterSpec], logs: Path, report: Callable[[str], None] = print
+    specs: Sequence[ClusterSpec],
+    logs: Path,
+    report: Callable[[str], None] = print,
+    *,
+    fork: bool = False,
 ) -> Iterator[list[Engine]]:
     """Start the engines of all ``specs`` and yield them, in order, once they serve.
+
+    With ``fork`` they share what they import, where that is possible: less memory, sooner there.
 
     Raises:
         SetupError: too little memory, or an engine that did not come up.
@@ -35,10 +42,19 @@ def running(
     require_memory(len(members), specs[0].model)
     with contextlib.ExitStack() as stack:
         processes = []
+        forks = None
+        if fork and all(forkable(engine.command) for engine in members):
+            forks = stack.enter_context(ForkServer(logs / "imports.log", CPU_ENVIRONMENT))
         for number, engine in enumerate(members):
             log = logs / f"{number}-{engine.name}.log"
             process = ServerProcess(
-                engine.name, engine.command, url=engine.url, log=log, environment=CPU_ENVIRONMENT
+                engine.name,
+                engine.command,
+                url=engine.url,
+                log=log,
+                environment=CPU_ENVIRONMENT,
+                forks=forks,
+                place=engine.place,
             )
             stack.callback(process.stop)
             processes.append(process)
@@ -122,6 +138,8 @@ class Stream:
                 now, chunk = time.time(), json.loads(line[6:])
                 if "error" in chunk:
                     raise PeerError(f"{url} broke a stream off: {chunk['error']}")
-                if len(chunk["output_ids"]) > self.tokens:
-                    self.token_ids = chunk["output_ids"]
+                new = chunk["meta_info"]["completion_tokens"] - self.tokens
+                if new > 0:
+                    # All of the output, or, with --incremental-streaming-output, what is new.
+                    self.token_ids += chunk["output_ids"][-new:]
                     self.arrivals.append((now, self.tokens))

@@ -18,8 +18,10 @@ from typing import Any, TypeAlias
 
 from sglang_star.cluster_layout import (
     CPU_ENVIRONMENT,
+    HERE,
     ClusterSpec,
     Engine,
+    Place,
     engines,
     router_command,
 )
@@ -90,7 +92,7 @@ class Cluster:
             SetupError: the new router did not come up.
         """
         self._processes.pop().stop()
-        port = self.spec.port or free_ports(1, self.spec.host)[0]
+        port = self.spec.port or self._free_port()
         self._start_router(replace(self.spec, **changes), port)
         self._wait(self._processes[-1:], time.monotonic())
 
@@ -109,21 +111,27 @@ class Cluster:
         spec = self.spec
         self.logs.mkdir(parents=True, exist_ok=True)
         require_memory(len(spec.roles), spec.model)
-        if spec.port and not port_is_free(spec.port, spec.host):
+        if spec.port and not spec.places and not port_is_free(spec.port, spec.host):
             raise SetupError(
                 f"port {spec.port} on {spec.host} is taken",
                 hint="choose another with --port, or end the program that listens there",
             )
         self.engines = tuple(engines(spec))
-        port = spec.port or free_ports(1, spec.host)[0]
+        port = spec.port or self._free_port()
         began = time.monotonic()
         self.report(f"starting {len(self.engines)} engines with {spec.model}")
         with contextlib.ExitStack() as stack:
             forks = self.forks or self._fork_server(stack)
             for engine in self.engines:
-                self._launch(engine.name, engine.command, engine.url, CPU_ENVIRONMENT, forks)
+                self._launch(
+                    engine.name, engine.command, engine.url, CPU_ENVIRONMENT, forks, engine.place
+                )
             self._start_router(spec, port)
             self._wait(self._processes, began, forks)
+
+    def _free_port(self) -> int:
+        """A port for the router; one that is free here is free on another machine as well."""
+        return free_ports(1, HERE.address if self.spec.places else self.spec.host)[0]
 
     def _fork_server(self, stack: contextlib.ExitStack) -> ForkServer | None:
         """Start a fork server of our own, if these engines can be forks."""
@@ -134,8 +142,9 @@ class Cluster:
         )
 
     def _start_router(self, spec: ClusterSpec, port: int) -> None:
-        self.url = f"http://{spec.host}:{port}"
-        self._launch("router", router_command(spec, self.engines, port), self.url, {})
+        self.url = f"http://{spec.router_host}:{port}"
+        place = spec.places[-1] if spec.places else HERE
+        self._launch("router", router_command(spec, self.engines, port), self.url, {}, None, place)
 
     def _launch(
         self,
@@ -144,6 +153,7 @@ class Cluster:
         url: str,
         environment: dict[str, str],
         forks: ForkServer | None = None,
+        place: Place = HERE,
     ) -> None:
         self._processes.append(
             ServerProcess(
@@ -153,6 +163,7 @@ class Cluster:
                 log=self.logs / f"{name}.log",
                 environment=environment,
                 forks=forks,
+                place=place,
             )
         )
 

@@ -26,6 +26,34 @@ CPU_ENVIRONMENT: Final = {
 CPU_FLAGS: Final = ("--device", "cpu", "--sleep-on-idle")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process runs.
+
+    Attributes:
+        address: what it listens on.
+        namespaces: the kernel's files of namespaces that it is to be in, as in /proc/PID/ns.
+        environment: variables that it gets there.
+    """
+
+    address: str = "127.0.0.1"
+    namespaces: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def enter(self) -> tuple[str, ...]:
+        """What precedes a command line that is to run there."""
+        if not self.namespaces:
+            return ()
+        files = (f"--{SPACES[file.rsplit('/', 1)[1]]}={file}" for file in self.namespaces)
+        return ("nsenter", *files, "--", "env", *(f"{k}={v}" for k, v in self.environment))
+
+
+HERE: Final = Place()
+SPACES: Final = {"net": "net", "mnt": "mount", "ipc": "ipc", "pid_for_children": "pid"}
+"""Options of ``nsenter`` by the kernel's names."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """What to start. Either ``aggregated`` engines, or ``prefill`` and ``decode`` ones.
@@ -37,6 +65,7 @@ class ClusterSpec:
         max_total_tokens: KV pool of each engine, tokens.
         engine_arguments, decode_arguments, router_arguments: added to the command lines of all
             engines, of decode engines, and of the router; the last word wins.
+        places: of the engines, in starting order, and of the router; empty: all on this machine.
         start_timeout_s: longest time until everything answers ``/health``.
         star: False starts plain SGLang engines, for comparison.
     """
@@ -54,6 +83,7 @@ class ClusterSpec:
     engine_arguments: tuple[str, ...] = ()
     decode_arguments: tuple[str, ...] = ()
     router_arguments: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
     start_timeout_s: float = 600.0
     star: bool = True
 
@@ -73,6 +103,16 @@ class ClusterSpec:
                 "a cluster needs --aggregated M, or both --prefill N and --decode M",
                 hint="for example: star cluster --prefill 1 --decode 2",
             )
+        if self.places and len(self.places) != len(self.roles) + 1:
+            raise ConfigError(
+                f"{len(self.places)} places for {len(self.roles)} engines and a router",
+                hint="give one for each, or none",
+            )
+
+    @property
+    def router_host(self) -> str:
+        """Where the router listens."""
+        return self.places[-1].address if self.places else self.host
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -90,6 +130,7 @@ class Engine:
 
     Attributes:
         name: its instance id: the role and a number.
+        command: its command line, at its place.
         bootstrap_port: where decode engines meet it; 0 unless it does prefill.
     """
 
@@ -98,30 +139,33 @@ class Engine:
     url: str
     bootstrap_port: int
     command: tuple[str, ...]
+    place: Place = HERE
 
 
 def engines(spec: ClusterSpec) -> Iterator[Engine]:
-    """Lay out the engines on free ports of this machine."""
+    """Lay out the engines on free ports of this machine, which are free on another as well."""
     ports = iter(free_ports(2 * len(spec.roles)))
     numbers: dict[str, int] = {}
-    for role in spec.roles:
+    for at, role in enumerate(spec.roles):
+        place = spec.places[at] if spec.places else HERE
         number = numbers[role] = numbers.get(role, -1) + 1
         name, port, bootstrap_port = f"{role}-{number}", next(ports), next(ports)
         yield Engine(
             name=name,
             role=role,
-            url=f"http://127.0.0.1:{port}",
+            url=f"http://{place.address}:{port}",
             bootstrap_port=bootstrap_port if role == "prefill" else 0,
-            command=engine_command(spec, name, role, port, bootstrap_port),
+            command=engine_command(spec, name, role, port, bootstrap_port, place.address),
+            place=place,
         )
 
 
 def engine_command(
-    spec: ClusterSpec, name: str, role: str, port: int, bootstrap_port: int
+    spec: ClusterSpec, name: str, role: str, port: int, bootstrap_port: int, host: str
 ) -> tuple[str, ...]:
-    """Return the command line of one engine."""
+    """Return the command line of one engine, on a machine that others reach as ``host``."""
     command = [sys.executable, "-m", "sglang.launch_server"]
-    command += ["--model-path", spec.model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model-path", spec.model, "--host", host, "--port", str(port)]
     command += ["--max-total-tokens", str(spec.max_total_tokens), "--random-seed", "1"]
     if not has_gpu():
         command += CPU_FLAGS
@@ -132,6 +176,8 @@ def engine_command(
         command += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
     if spec.star:
         command += ["--star", "--star-instance-id", name, "--star-predictor", spec.predictor]
+        if host != HERE.address:
+            command += ["--star-host", host]
         if spec.paced:
             command += ["--star-paced", spec.paced]
     return (*command, *spec.engine_arguments, *(spec.decode_arguments if role == "decode" else ()))
@@ -140,7 +186,7 @@ def engine_command(
 def router_command(spec: ClusterSpec, members: tuple[Engine, ...], port: int) -> tuple[str, ...]:
     """Return the command line of the router in front of ``members``."""
     command = [sys.executable, "-m", "sglang_star_router.launch_router"]
-    command += ["--host", spec.host, "--port", str(port), "--rescheduler", spec.rescheduler]
+    command += ["--host", spec.router_host, "--port", str(port), "--rescheduler", spec.rescheduler]
     if spec.aggregated:
         command += ["--worker-urls", *(engine.url for engine in members)]
     else:

@@ -95,6 +95,12 @@ class StarConfig:
         "(see `star simulate`); for experiments on a CPU.",
         "PROFILE",
     )
+    paced_kv_bytes: int = _flag(
+        0,
+        "Hold and move this many bytes of KV per token, as the modelled card's model has them "
+        "(57344 for a 7B profile), instead of this model's own; 0: its own.",
+        "N",
+    )
     collect: str = _flag(
         "", "Write predictor training samples to this folder (see `star predictor collect`).", "DIR"
     )
@@ -145,6 +151,11 @@ class StarConfig:
             )
         if self.paced:
             find(self.paced)
+        if self.paced_kv_bytes < 0 or (self.paced_kv_bytes and not self.paced):
+            raise ConfigError(
+                "--star-paced-kv-bytes must be positive and needs --star-paced",
+                hint="for example --star-paced 24gb-7b --star-paced-kv-bytes 57344",
+            )
         if self.predictor not in (BUILTIN_HEAD, PREDICTOR_OFF) and not os.path.isfile(
             self.predictor
         ):

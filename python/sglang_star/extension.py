@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_star.engine.real import SglangEngine
 from sglang_star.engine.verbs import Request
+from sglang_star.faults import Faults
 from sglang_star.flight import Flight
 from sglang_star.front import Front
 from sglang_star.migration.mover import Mover
+from sglang_star.platform import ballast
 from sglang_star.status import StepTimer
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
 
 
 class Extension(abc.ABC):
@@ -25,9 +28,18 @@ class Extension(abc.ABC):
     """
 
     def __init__(
-        self, engine: SglangEngine, mover: Mover, timer: StepTimer, front: Front | None
+        self,
+        scheduler: Scheduler,
+        engine: SglangEngine,
+        mover: Mover,
+        timer: StepTimer,
+        faults: Faults,
+        front: Front | None,
     ) -> None:
         self.front = front
+        self._scheduler = scheduler
+        self._faults = faults
+        self._inspector = ballast.inspector(scheduler)
         self._loaded = engine.loaded
         self._mover = mover
         self._timer = timer
@@ -53,6 +65,9 @@ class Extension(abc.ABC):
 
     def decoded(self, *, steady: bool) -> None:
         """A batch result was processed; ``steady`` if it was a decode step."""
+        if steady and self._inspector is not None:
+            with self._faults.contained("KV"):
+                self._inspector.step(self._scheduler.running_batch.reqs)
         if steady:
             self._timer.decoded()
         else:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from sglang_star.cluster_layout import HERE, Place
 from sglang_star.machine import has_gpu
 
 MODULE: Final = "sglang.launch_server"
@@ -97,18 +98,23 @@ class ForkServer:
         """Stop."""
         self.stop()
 
-    def start(self, command: Sequence[str], log: Path, grace_s: float) -> Forked:
+    def start(
+        self, command: Sequence[str], log: Path, grace_s: float, place: Place = HERE
+    ) -> Forked:
         """Fork an engine, as soon as the imports are done; returns at once.
 
         Args:
             command: an engine's command line, see :meth:`suits`.
             log: file for its standard output and error.
             grace_s: seconds between SIGTERM and SIGKILL when it is to end.
+            place: where it is to run.
         """
         order = {
             "arguments": list(command[3:]),
             "log": str(log.resolve()),
             "grace_s": grace_s,
+            "namespaces": place.namespaces,
+            "environment": dict(place.environment),
         }
         ours, theirs = socket.socketpair()
         with theirs:

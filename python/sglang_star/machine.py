@@ -26,14 +26,14 @@ def has_gpu() -> bool:
     return os.path.exists("/dev/nvidia0")
 
 
-def require_memory(count: int, model: str) -> None:
-    """Check that ``count`` engines fit into this machine's free memory.
+def require_memory(count: int, model: str, more: float = 0.0) -> None:
+    """Check that ``count`` engines, and ``more`` bytes, fit into this machine's free memory.
 
     Raises:
         SetupError: they do not.
     """
     weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-    need = count * (ENGINE_BASE_BYTES + ENGINE_BYTES_PER_WEIGHT_BYTE * weights)
+    need = count * (ENGINE_BASE_BYTES + ENGINE_BYTES_PER_WEIGHT_BYTE * weights) + more
     free = available_memory()
     if need > free:
         raise SetupError(

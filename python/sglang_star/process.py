@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from sglang_star.cluster_layout import HERE, Place
 from sglang_star.errors import SetupError
 from sglang_star.forkserver import ForkServer
 
@@ -66,7 +67,7 @@ class ServerProcess:
     """One server, its process group and its log file.
 
     With ``forks``, a command that can be a fork of that server is one, and ``environment`` is that
-    server's.
+    server's. It runs at ``place``.
 
     Attributes:
         name: what messages call it.
@@ -83,15 +84,16 @@ class ServerProcess:
         log: Path,
         environment: Mapping[str, str] | None = None,
         forks: ForkServer | None = None,
+        place: Place = HERE,
     ) -> None:
         self.name = name
         self.url = url
         self.log = log
         self._stopping = False
         self._supervisor: Supervisor = (
-            forks.start(command, log, GRACE_S)
+            forks.start(command, log, GRACE_S, place)
             if forks is not None and forks.suits(command)
-            else Spawned(command, log, GRACE_S, environment or {})
+            else Spawned((*place.enter, *command), log, GRACE_S, environment or {})
         )
 
     @property

@@ -62,7 +62,7 @@ class Single(Extension):
             status=front.report,
             step_ms=lambda: timer.ema_ms,
         )
-        super().__init__(engine, mover, timer, front)
+        super().__init__(scheduler, engine, mover, timer, self._faults, front)
 
     def tick(self) -> None:
         """See :class:`Extension`."""

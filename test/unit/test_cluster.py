@@ -16,7 +16,7 @@ import pytest
 
 from sglang_star import cluster, cluster_command, cluster_layout, machine
 from sglang_star.cluster import Cluster
-from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.cluster_layout import ClusterSpec, Place
 from sglang_star.errors import ConfigError, SetupError
 from sglang_star.process import ServerProcess, wait_healthy
 
@@ -208,6 +208,29 @@ def test_disaggregated_layout() -> None:
     assert "--pd-disaggregation" in router
 
 
+def test_engines_and_router_on_machines_of_their_own() -> None:
+    places = tuple(Place(f"10.0.0.{n}") for n in range(1, 5))
+    spec = ClusterSpec(model="m", prefill=1, decode=2, places=places)
+    engines = tuple(cluster_layout.engines(spec))
+    for place, engine in zip(places, engines, strict=False):
+        assert engine.place is place
+        assert engine.url.startswith(f"http://{place.address}:")
+        assert value_of(engine.command, "--host") == place.address
+        assert value_of(engine.command, "--star-host") == place.address
+    router = cluster_layout.router_command(spec, engines, 9000)
+    assert value_of(router, "--host") == places[3].address
+    with pytest.raises(ConfigError, match="3 places"):
+        ClusterSpec(model="m", prefill=1, decode=2, places=places[:3])
+
+
+def test_a_place_is_entered_by_its_namespaces() -> None:
+    files = ("/proc/7/ns/net", "/proc/7/ns/pid_for_children", "/proc/7/ns/mnt")
+    there = Place("a", files, (("UCX_TLS", "tcp"),))
+    namespaces = (f"--net={files[0]}", f"--pid={files[1]}", f"--mount={files[2]}")
+    assert there.enter == ("nsenter", *namespaces, "--", "env", "UCX_TLS=tcp")
+    assert Place().enter == ()
+
+
 def test_plain_sglang_gets_no_star_flag() -> None:
     spec = ClusterSpec(model="m", aggregated=2, star=False)
     engines = tuple(cluster_layout.engines(spec))
@@ -246,7 +269,7 @@ def fake_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Engines and router become the small server above."""
 
     def engine_command(
-        spec: ClusterSpec, name: str, role: str, port: int, bootstrap_port: int
+        spec: ClusterSpec, name: str, role: str, port: int, bootstrap_port: int, host: str
     ) -> tuple[str, ...]:
         return tuple(command(tmp_path / f"{name}.pids", port))
 

@@ -10,8 +10,9 @@ import pytest
 
 from sglang_star.errors import ConfigError, PeerError
 from sglang_star_bench import kv_copy, migration, overhead
+from sglang_star_bench.disturbance import Window, steps
 from sglang_star_bench.engines import Stream
-from sglang_star_bench.migration_stalls import Outcome, Plan, client_stall, summarise
+from sglang_star_bench.migration_stalls import Outcome, Plan, Round, client_stall, summarise
 from sglang_star_bench.overhead import HEAD, OFF, PLAIN, Sample
 
 PLAN = Plan(context=100, batch=1, moves=2, gap=4, overlap=True)
@@ -29,6 +30,8 @@ def stream(gaps_s: list[float]) -> Stream:
 def report(**fields: Any) -> dict[str, Any]:
     return {
         "outcome": "moved",
+        "source": "a",
+        "target": "b",
         "output_tokens": 11,
         "started_at": 1000.85,
         "finished_at": 1001.25,
@@ -43,6 +46,11 @@ def report(**fields: Any) -> dict[str, Any]:
     }
 
 
+def outcome(moved: Stream, *reports: dict[str, Any], twin: Stream | None = None) -> Outcome:
+    made = Round([moved], [[], []], sets=[[one] for one in reports])
+    return Outcome(names=["a", "b"], twins=[twin or moved], rounds=[made], carried=8000)
+
+
 def test_a_stall_is_the_gap_around_the_move_beyond_a_step() -> None:
     moved = stream([0.1] * 9 + [0.35] + [0.1] * 5)
     stall_ms, step_ms = client_stall(moved, report())
@@ -53,25 +61,89 @@ def test_a_stall_is_the_gap_around_the_move_beyond_a_step() -> None:
 def test_a_migration_row_is_of_the_moves_that_succeeded() -> None:
     moved = stream([0.1] * 9 + [0.35] + [0.1] * 5)
     failed = report(outcome="refused", stall_ms=9e9)
-    row = summarise(PLAN, Outcome(twin=moved, moved=moved, reports=[report(), failed]))
+    row = summarise(PLAN, outcome(moved, report(), failed))
     assert (row["moves"], row["failed"], row["identical"]) == (1, 1, True)
     assert row["stall_ms"]["max"] == 50.0
     assert row["client_stall_steps"]["p50"] == pytest.approx(2.5, abs=0.05)
     assert row["precopied"] == pytest.approx(0.9)
     assert row["bytes_per_s"] == pytest.approx(10000, rel=0.01)
+    assert row["carried_per_byte"] == 2.0
+    assert "bystander_p99_longer" not in row
+
+
+def test_moves_together_share_the_link() -> None:
+    moved = stream([0.1] * 9 + [0.35] + [0.1] * 5)
+    first, second = report(), report(started_at=1000.95, finished_at=1001.35)
+    together = Outcome(
+        names=["a", "b"],
+        twins=[moved] * 2,
+        rounds=[Round([moved] * 2, [[], []], sets=[[first, second]])],
+    )
+    row = summarise(PLAN, together)
+    assert row["link_bytes_per_s"] == pytest.approx(8000 / 0.5)
+    assert row["bytes_per_s"] == pytest.approx(10000, rel=0.01)
+
+
+def test_a_plan_has_room_for_all_and_streams_of_bounded_length() -> None:
+    plan = Plan(context=1000, batch=2, moves=200, gap=10, overlap=True, at_once=4, longest=500)
+    assert plan.tokens == 500
+    assert plan.room == 4 * 1500 + 32 + 2 * 500 + 4 * 1000 // 64
+    assert Plan(context=1, batch=1, moves=8, gap=10, overlap=True, at_once=4).tokens == 60
+
+
+# --------------------------------------------------------------------------- bystanders
+
+MOVE = Window(began=1001.02, ended=1001.26, source="a", target="b")
+
+
+def test_steps_during_a_move_are_compared_with_those_before() -> None:
+    seen = steps(stream([0.1] * 10 + [0.15, 0.1, 0.1] + [0.1] * 10), [MOVE], since=0.0)
+    assert seen.ratios == pytest.approx([1.5, 1.0, 1.0], rel=1e-3)
+    assert seen.ratios_without == pytest.approx([1.0] * 20, rel=1e-3)
+    assert seen.disturbed == [(0, 1)]
+
+
+def test_a_batch_that_grows_is_no_disturbance() -> None:
+    seen = steps(stream([0.1] * 12 + [0.12] * 10), [MOVE], since=0.0)
+    assert seen.disturbed == [(0, 0)]
+    assert max(seen.ratios_without) == pytest.approx(1.0, rel=1e-3)
+    early = Window(began=1000.62, ended=1001.26, source="a", target="b")
+    assert steps(stream([0.1] * 7 + [0.12] * 20), [early], since=0.0).disturbed == [(0, 2)]
+
+
+def test_steps_before_all_were_there_count_for_nothing() -> None:
+    seen = steps(stream([9.0] + [0.1] * 20), [], since=1009.0)
+    assert seen.ratios_without == pytest.approx([1.0] * 20, rel=1e-3)
+
+
+def test_windows_without_steps_beside_them_are_left_out() -> None:
+    windows = [MOVE, Window(began=1001.3, ended=1001.5, source="b", target="a")]
+    seen = steps(stream([0.1] * 25), windows, since=0.0)
+    assert seen.disturbed == []
+    assert len(seen.ratios_without) > 0
+
+
+def test_source_and_target_are_told_apart() -> None:
+    moved = stream([0.1] * 9 + [0.35] + [0.1] * 5)
+    quiet, struck = stream([0.1] * 30), stream([0.1] * 10 + [0.2, 0.2] + [0.1] * 18)
+    made = Round([moved], [[quiet], [struck, struck]], sets=[[report(started_at=1001.02)]])
+    row = summarise(PLAN, Outcome(names=["a", "b"], twins=[moved], rounds=[made]))
+    assert row["disturbed_steps"]["source"]["max"] == 0
+    assert row["disturbed_steps"]["target"]["max"] == 2
+    assert row["bystander_p99_longer"] == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_stream_that_differs_is_said_to_differ() -> None:
     moved = stream([0.1] * 15)
     twin = Stream(token_ids=[*moved.token_ids[:-1], 7])
-    row = summarise(PLAN, Outcome(twin=twin, moved=moved, reports=[report()]))
+    row = summarise(PLAN, outcome(moved, report(), twin=twin))
     assert row["identical"] is False
 
 
 def test_a_migration_row_needs_a_move() -> None:
     refused = report(outcome="refused", detail="draining")
     with pytest.raises(PeerError, match="draining"):
-        summarise(PLAN, Outcome(twin=Stream(), moved=Stream(), reports=[refused]))
+        summarise(PLAN, outcome(Stream(), refused))
 
 
 def test_overhead_is_paired_by_round() -> None:

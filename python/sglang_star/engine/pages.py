@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 import sgl_kernel_ext as kernels
 from sglang_star.engine import kv_format
 from sglang_star.engine.copies import Begun, Lane
+from sglang_star.platform import ballast
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -39,6 +40,8 @@ class KvPages:
         pool = self._allocator.get_kvcache()
         buffers = kv_format.buffers(pool)
         self.unsupported = kv_format.refusal(pool)
+        own_bytes = sum(buffer[0].nbytes for buffer in buffers)
+        buffers += ballast.beside(pool, own_bytes, scheduler.server_args) if buffers else []
         self._kv = kernels.KvBuffers(buffers)
         self.device = self._kv.device
         kernels.prepare(self.device.type)

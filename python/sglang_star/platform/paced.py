@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from sglang_star.launch import ATTRIBUTE
+from sglang_star.platform import ballast
 from sglang_star.platform.profile import Profile, find
 
 DONE_AT = "_star_done_at"
@@ -31,6 +32,8 @@ def forward(original: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs
     global _free_at, late
     began = time.monotonic()
     output = original(runner, forward_batch, *args, **kwargs)
+    if (beside := ballast.of(runner.token_to_kv_pool)) is not None:
+        beside.write(forward_batch.out_cache_loc, forward_batch.input_ids, forward_batch.positions)
     took = modelled_s(find(star.paced), forward_batch)
     late += time.monotonic() - began > took
     _free_at = max(_free_at, began) + took

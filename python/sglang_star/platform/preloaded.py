@@ -9,6 +9,7 @@ it imports and ends: Python then has everything compiled.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -92,6 +93,9 @@ def _supervise(order: dict[str, Any], owner: int) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         supervise.begin()
+        output = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+        # Of processes, only children come into another namespace.
+        _enter(order["namespaces"])
         grouped, tell = os.pipe()
         engine = os.fork()
         if engine == 0:
@@ -99,7 +103,8 @@ def _supervise(order: dict[str, Any], owner: int) -> NoReturn:
             os.close(tell)
             os.close(grouped)
             os.close(owner)
-            _serve(order["arguments"], order["log"])
+            os.environ.update(order["environment"])
+            _serve(order["arguments"], output)
         os.close(tell)
         os.read(grouped, 1)  # its group exists from here on
         status = supervise.guard(engine, owner, order["grace_s"])
@@ -110,12 +115,11 @@ def _supervise(order: dict[str, Any], owner: int) -> NoReturn:
         os._exit(status)
 
 
-def _serve(arguments: list[str], log: str) -> NoReturn:
+def _serve(arguments: list[str], output: int) -> NoReturn:
     """In a child's child: become ``python -m sglang.launch_server ARGUMENTS``."""
     status = 1
     try:
         supervise.default_signals()
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.argv = [MODULE, *arguments]
@@ -133,6 +137,16 @@ def _serve(arguments: list[str], log: str) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _enter(namespaces: list[str]) -> None:
+    """Move this process, which has one thread, into other namespaces."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    # All are opened first: another mount namespace may have another /proc.
+    for space in [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in namespaces]:
+        if libc.setns(space, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(space)
 
 
 def fork_processes(_result: None, _server_args: Any) -> None:

@@ -106,7 +106,7 @@ class Member(Extension):
             faults,
             copies=lambda: engine.tickets.begun,
         )
-        super().__init__(engine, mover, timer, front)
+        super().__init__(scheduler, engine, mover, timer, faults, front)
         logger.info("STAR: rank %d of %d", ranks.rank, ranks.size)
 
     # ------------------------------------------------------------------ SGLang's broadcast

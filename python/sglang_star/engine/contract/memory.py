@@ -37,13 +37,17 @@ ROWS: Final[tuple[Row, ...]] = (
     Function(_ROWS + ".alloc", "a row for a guest", _PAGES, takes="reqs"),
     Function(_ROWS + ".free", "gives back a row without KV", _PAGES, takes="req"),
     Function(_ROWS + ".write", "puts new slots into a row", _PAGES, takes="indices, values"),
-    Attribute(_ROWS + ".req_to_token", "the slots of a request's positions", _PAGES),
+    Attribute(
+        _ROWS + ".req_to_token",
+        "the slots of a request's positions",
+        "engine.pages platform.ballast",
+    ),
     Attribute(_ROWS + ".free_slots", "whether a row is free", "engine.real"),
     # Slots.
     Attribute(_SLOTS + ".page_size", "KV moves in whole pages", _PAGES),
     Attribute(_SLOTS + ".size", "tokens in all", _PAGES),
     Attribute(_SLOTS + ".device", "where slot numbers are", _PAGES),
-    Function(_SLOTS + ".get_kvcache", "the pool behind it", _PAGES),
+    Function(_SLOTS + ".get_kvcache", "the pool behind it", "engine.pages platform.ballast"),
     Function(_SLOTS + ".available_size", "free slots", _PAGES),
     Function(
         _SLOTS + ".alloc", "slots for a guest, where a page is one token", _PAGES, takes="need_size"

@@ -78,6 +78,10 @@ ROWS: Final[tuple[Row, ...]] = (
     Field(_FORWARD + ".batch_size", "requests in a decode step", "platform.paced"),
     Field(_FORWARD + ".seq_lens_cpu", "KV read by a decode step", "platform.paced"),
     Field(_FORWARD + ".extend_seq_lens_cpu", "tokens of a prefill", "platform.paced"),
+    Attribute(_RUNNER + ".token_to_kv_pool", "whose rows may have ballast", "platform.paced"),
+    Field(_FORWARD + ".input_ids", "tokens whose KV a forward writes", "platform.paced"),
+    Field(_FORWARD + ".positions", "their places", "platform.paced"),
+    Field(_FORWARD + ".out_cache_loc", "their KV slots", "platform.paced"),
     Attribute(
         "sglang.srt.model_executor.model_runner.ModelRunnerOutput.logits_output",
         "carries when a paced step is due",
