@@ -196,7 +196,8 @@ class RouterConfig:
                 raise ConfigError(f"{_flag(name)} must not be negative")
         if self.max_concurrent_requests == 0 or self.max_concurrent_requests < -1:
             raise ConfigError("--max-concurrent-requests must be positive, or -1 for no limit")
-        for cert, key in (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path")):
+        for pair in ("tls", "client"):
+            cert, key = f"{pair}_cert_path", f"{pair}_key_path"
             if (getattr(self, cert) is None) != (getattr(self, key) is None):
                 raise ConfigError(f"{_flag(cert)} and {_flag(key)} belong together")
         if not self.health_check_endpoint.startswith("/"):
@@ -268,8 +269,8 @@ def build_parser() -> argparse.ArgumentParser:
     option(server, "host", "Address to listen on.")
     option(server, "port", "Port to listen on.")
     option(server, "request_timeout", "Longest time one request may take.")
-    option(server, "shutdown_grace", "Time open requests get to end on SIGTERM; a second ends it.")
-    option(server, "sse_keepalive", "While a stream is held, send a comment this often; 0 is never.")
+    option(server, "shutdown_grace", "Time that open requests get to end on SIGTERM.")
+    option(server, "sse_keepalive", "Time between comments to a stream that is held; 0 sends none.")
     option(server, "max_retries", "Other instances tried when one fails before its first byte.")
     option(server, "prometheus_port", "Serve /metrics on this port too; 0 is off.")
     option(server, "prometheus_host", "Address of that port.")
@@ -289,10 +290,12 @@ def build_parser() -> argparse.ArgumentParser:
     door = parser.add_argument_group("keys and certificates")
     option(door, "api_key", "Key that clients must present and that instances are given.",
            type=str)  # fmt: skip
-    option(door, "admin_api_key", "Key for /star/*, abort, flush and profile, here and at instances.",
+    option(door, "admin_api_key", "Key for /star/*, abort, flush, profile; here and there.",
            type=str)  # fmt: skip
-    door.add_argument("--control-plane-api-keys", nargs="*", default=[], metavar="ID:NAME:ROLE:KEY",
-                      help="More keys for the same; role user may look, admin give orders.")  # fmt: skip
+    door.add_argument("--control-plane-api-keys", nargs="*", default=[],
+                      metavar="ID:NAME:ROLE:KEY",
+                      help="More keys for the same: a user may look, an admin give orders.",
+                      )  # fmt: skip
     door.add_argument("--control-plane-audit-enabled", action="store_true",
                       help="Log who asked what of the control plane.")  # fmt: skip
     door.add_argument("--cors-allowed-origins", nargs="*", default=[], metavar="ORIGIN",

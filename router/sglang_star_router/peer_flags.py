@@ -11,7 +11,7 @@ _POLICY: Final = "it belongs to a policy this router does not have; see --policy
 _DISCOVERY: Final = "name the instances with --worker-urls, or with --prefill and --decode"
 _TOKENIZER: Final = "engines tokenize and parse: give it to them"
 _STORE: Final = "engines store responses themselves: start them with --enable-response-store"
-_JWT: Final = "use --admin-api-key or --control-plane-api-keys, or check tokens in front of the router"
+_JWT: Final = "use --admin-api-key or --control-plane-api-keys"
 _TRACE: Final = "trace at the engines: the router passes trace headers on to them"
 
 REFUSED: Final[dict[str, str]] = {
@@ -26,7 +26,7 @@ REFUSED: Final[dict[str, str]] = {
     "--dp-aware": "give each data-parallel rank a port of its own and name it as an instance",
     "--enable-igw": "run one router for each model",
     "--mini-lb": "leave it out: --pd-disaggregation is all that prefill and decode need",
-    "--worker-startup-timeout-secs": "the router serves at once and takes instances as they come up",
+    "--worker-startup-timeout-secs": "the router serves at once, with the instances that are up",
     "--worker-startup-check-interval": "an instance that is down is looked at every second",
     "--service-discovery": _DISCOVERY,
     "--selector": _DISCOVERY,

@@ -9,8 +9,10 @@ from typing import Final
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
+from sglang_star_router import early
+from sglang_star_router.closing import CUT
 from sglang_star_router.framing import ResponseHead
-from sglang_star_router.replies import sse_error
+from sglang_star_router.replies import openai_error, sse_error
 from sglang_star_router.upstream import Exchange, UpstreamLost
 
 logger = logging.getLogger(__name__)
@@ -103,10 +105,15 @@ async def relay(
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client closed the connection")
+    begun = early.stop(request)
+    if begun is not None and not early.continues(head):
+        return await _as_event(begun, exchange, head)
     old_client = request.version < (1, 1)
     keep_alive = request.keep_alive and not old_client
     response = Relayed(head.status, keep_alive and (head.chunked or head.length is not None))
-    client = _Client(request, transport, exchange, _head_bytes(head, old_client, response.stays))
+    extra = request.get(early.EXTRA_HEAD, b"")
+    out = _head_bytes(head, old_client, response.stays, extra) if begun is None else b""
+    client = _Client(request, transport, exchange, out)
     exchange.relay(client)
     try:
         async with asyncio.timeout_at(deadline):
@@ -120,16 +127,31 @@ async def relay(
         _end_badly(
             client, transport, exchange, head, response, "not finished within the time limit"
         )
+    except asyncio.CancelledError:
+        if request.app[CUT]:
+            _end_badly(client, transport, exchange, head, response, "the router shuts down")
+        raise
     return response
 
 
-def _head_bytes(head: ResponseHead, old_client: bool, stays: bool) -> bytes:
+async def _as_event(begun: early.Early, exchange: Exchange, head: ResponseHead) -> Relayed:
+    """Tell what is no stream of events to a client whose stream has begun."""
+    response = Relayed(head.status, begun.stays)
+    try:
+        begun.end(await exchange.collect())
+    except UpstreamLost as error:
+        response.lost = True
+        begun.end(openai_error(error.message, 502, "upstream_error"))
+    return response
+
+
+def _head_bytes(head: ResponseHead, old_client: bool, stays: bool, extra: bytes) -> bytes:
     lines = head.lines
     if old_client and head.chunked:
         lines = tuple(line for line in lines if not line.lower().startswith(b"transfer-encoding"))
     if not stays:
         lines = (*lines, b"Connection: close")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
 
 
 def _end_badly(
