@@ -66,7 +66,7 @@ class Early:
 
     def _head(self) -> bytes:
         close = b"" if self.stays else b"Connection: close\r\n"
-        extra = self._request.get(EXTRA_HEAD, b"")
+        extra = self._request.get(EXTRA_HEAD) or b""
         return (
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
             b"Cache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n" + extra + close + b"\r\n"

@@ -157,8 +157,13 @@ def test_no_path_written_otherwise_passes_by_the_admin_door():
 def test_pages_of_allowed_origins_may_read_answers():
     async def check():
         engine = FakeEngine()
-        async with fleet(engine, api_key="k", cors_allowed_origins=("https://a.org",)) as running:
-            for origin, allowed in (("https://a.org", "https://a.org"), ("https://b.org", None)):
+        async with fleet(
+            engine, api_key="k", cors_allowed_origins=("https://page.invalid",)
+        ) as running:
+            for origin, allowed in (
+                ("https://page.invalid", "https://page.invalid"),
+                ("https://other.invalid", None),
+            ):
                 preflight = {"Origin": origin, "Access-Control-Request-Method": "POST",
                              "Access-Control-Request-Headers": "authorization"}  # fmt: skip
                 async with running.session.options(
