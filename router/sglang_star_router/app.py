@@ -114,6 +114,7 @@ class Router:
         self.intake = Intake(
             config, self.dispatcher, Affinity(self.fleet, self.engine), self.closing
         )
+        self.metrics.buffered.set_function(lambda: self.intake.buffered)
         self.proxy = Proxy(
             config, self.pool, self.dispatcher, self.health, self.metrics, self.intake
         )

@@ -91,8 +91,9 @@ class ControlKey:
         """
         parts = text.split(":", 3)
         if len(parts) != 4 or parts[2].lower() not in ("admin", "user") or not parts[3]:
+            who = f"the one of {parts[0]}" if len(parts) == 4 else "one"
             raise ConfigError(
-                f"--control-plane-api-keys: {':'.join(parts[:2])} is not ID:NAME:ROLE:KEY",
+                f"--control-plane-api-keys: {who} is not ID:NAME:ROLE:KEY",
                 hint="ROLE is admin or user",
             )
         return cls(f"{parts[0]} ({parts[1]})", parts[2].lower() == "admin", parts[3])

@@ -38,6 +38,10 @@ class Metrics:
             "star_router_denied", "Requests without the key they need.",
             ("door",), registry=self.registry,
         )  # fmt: skip
+        self.buffered = Gauge(
+            "star_router_buffered_bytes", "Bytes of request bodies that are kept.",
+            registry=self.registry,
+        )  # fmt: skip
         self.slow_heads = Counter(
             "star_router_slow_heads", "Connections closed because no head came in time.",
             registry=self.registry,
