@@ -41,6 +41,7 @@ from sglang_star.protocol import (
     decode,
     encode,
 )
+from sglang_star.secrets import Redaction
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -286,6 +287,7 @@ def install(
     # The order socket is this instance's own: take it out of what /server_info shows.
     address = scheduler_infos[0].pop("star_order_address")
     Endpoints(OrderClient(address)).join(app, auth_level(AuthLevel.ADMIN_OPTIONAL))
+    app.add_middleware(Redaction)
 
 
 def keep_latest_estimate(

@@ -51,6 +51,7 @@ ANY_INSTANCE: Final = (
 )
 """Paths any instance answers alike. What changes an instance goes to that instance directly."""
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+SECRETS: Final = frozenset({"api_key", "admin_api_key", "ssl_keyfile_password", "launch_command"})
 READINESS: Final = ("/health", "/health_generate", "/ready", "/readiness")
 NOBODY: Final = Rejected(
     "no healthy instance", status=503, kind="service_unavailable", retry_after_s=1
@@ -201,6 +202,8 @@ class Router:
                     response = await handler(request)
         except Rejected as error:
             response = rejection(error)
+        except PeerError as error:
+            response = rejection(Rejected(str(error), status=502, kind="upstream_error"))
         self.door.log(request, response.status)
         begun = early.stop(request)
         if isinstance(response, Relayed):
@@ -288,7 +291,13 @@ class Router:
     async def _server_info(self, request: web.Request) -> web.StreamResponse:
         """One instance's when aggregated; in PD all of them, under ``prefill`` and ``decode``."""
         if not self.config.disaggregated:
-            return await self._any_instance(request)
+            self._turn += 1
+            healthy = [one for one in self.fleet if one.healthy]
+            if not healthy:
+                return rejection(NOBODY)
+            one = healthy[self._turn % len(healthy)]
+            status, info = await self.engine.json(one, "GET", "/server_info")
+            return json_reply(_without_secrets(info), status)
         infos: dict[str, list[Any]] = {"prefill": [], "decode": []}
         for instance in self.fleet:
             if not instance.healthy:
@@ -298,13 +307,20 @@ class Router:
             except PeerError:
                 continue
             if status == 200:
-                infos[instance.role].append(info)
+                infos[instance.role].append(_without_secrets(info))
         if not all(infos.values()):
             return rejection(NOBODY)
         return json_reply(infos)
 
     def _collect(self) -> Iterable[Metric]:
         return fleet_metrics(self.fleet, self.ledger, self.dispatcher, self.feed, self.rescheduler)
+
+
+def _without_secrets(info: Any) -> Any:
+    """What an engine says of itself, less its keys, which plain SGLang shows."""
+    if not isinstance(info, dict):
+        return info
+    return {name: value for name, value in info.items() if name not in SECRETS}
 
 
 def _hold_deadline_s(config: RouterConfig) -> float:

@@ -53,7 +53,7 @@ class Door:
         """
         if any(part in (".", "..") for part in request.path.split("/")):
             raise Rejected("no such path", status=404, kind="invalid_request_error")
-        if request.path in OPEN_PATHS or request.method == "OPTIONS":
+        if request.path in OPEN_PATHS:
             return
         given = _bearer(request)
         holder = next((one for one in self._admins if _same(given, one.key)), None)
@@ -76,8 +76,9 @@ class Door:
         """Note what the control plane was asked, if that is wanted."""
         if self._audit and is_control(request):
             who = request.get(HOLDER, "nobody known")
-            audit.info("%s from %s: %s %s: %d", who, request.remote, request.method, request.path,
-                       status)  # fmt: skip
+            # As it came, percent signs and all: what is decoded could hold a line of its own.
+            path = request.rel_url.raw_path
+            audit.info("%s from %s: %s %s: %d", who, request.remote, request.method, path, status)
 
     def origin(self, request: web.Request) -> dict[str, str]:
         """Headers that let the page that asks read the answer; none for others."""
@@ -109,7 +110,9 @@ class Door:
 
 def is_control(request: web.Request) -> bool:
     """Whether a request is for the control plane."""
-    return request.path.startswith("/star/") or request.path in FLEET_PATHS
+    resource = request.match_info.route.resource
+    route = request.path if resource is None else resource.canonical
+    return any(path.startswith("/star/") or path in FLEET_PATHS for path in (request.path, route))
 
 
 def _bearer(request: web.Request) -> str:

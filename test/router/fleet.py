@@ -34,7 +34,7 @@ GENERATION = (
 )  # fmt: skip
 """Paths that :class:`FakeEngine` generates at."""
 
-WAIT_S = 20.0
+WAIT_S = 180.0
 """Longest time a test waits for something that must happen; only what hangs takes so long."""
 
 
@@ -79,6 +79,7 @@ class FakeEngine:
     stall: bool = False
     reply_status: int = 200
     reply_body: bytes | None = None
+    location: str = ""
     health_status: int = 200
     stored: set[str] = field(default_factory=set)
     migrate_reply: Callable[[dict[str, Any]], tuple[int, Any]] | None = None
@@ -159,9 +160,12 @@ class FakeEngine:
             await asyncio.Event().wait()
         if self.reply_status != 200 or not self.requests[-1].get("stream"):
             body = self.reply_body or b'{"text": "hello",  "meta_info": {}}'
-            return web.Response(
+            answer = web.Response(
                 body=body, status=self.reply_status, content_type="application/json"
             )
+            if self.location:
+                answer.headers["Location"] = self.location
+            return answer
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": self.name}
         )
@@ -192,6 +196,8 @@ class FakeEngine:
             "max_req_input_len": 4000,
             "max_total_num_tokens": 10_000,
             "tokenizer_path": "fake",
+            "admin_api_key": "secret",
+            "launch_command": "python -m sglang.launch_server --api-key secret",
             "internal_states": [{}],
             "disaggregation_bootstrap_port": 9123,
         }

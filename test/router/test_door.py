@@ -151,6 +151,56 @@ def test_no_path_written_otherwise_passes_by_the_admin_door():
     run(check())
 
 
+def test_no_key_is_needed_only_to_ask_whether_one_is():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine, cors_allowed_origins=("http://page.invalid",), **KEYS) as running:
+            for path in ("/flush_cache", "/v1/models", "/star/cluster"):
+                for headers in ({}, {"Origin": "http://other.invalid"}):
+                    async with running.session.options(
+                        running.url + path, headers=headers
+                    ) as answer:
+                        assert answer.status in (401, 405)
+            assert engine.others == []
+
+    run(check())
+
+
+def test_what_engines_say_of_themselves_is_told_without_their_keys():
+    async def check():
+        for engines in ([FakeEngine()], [FakeEngine("prefill"), FakeEngine("decode")]):
+            async with fleet(*engines) as running:
+                for path in ("/server_info", "/get_server_info"):
+                    status, info = await running.get(path)
+                    assert status == 200
+                    assert b"fake" in info
+                    assert b"secret" not in info
+
+    run(check())
+
+
+def test_an_engine_that_sends_elsewhere_is_not_followed():
+    async def check():
+        seen = []
+
+        async def elsewhere(reader, writer):
+            seen.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.close()
+
+        port = free_port()
+        server = await asyncio.start_server(elsewhere, "127.0.0.1", port)
+        engine = FakeEngine(reply_status=307, reply_body=b"", location=f"http://127.0.0.1:{port}/x")
+        async with fleet(engine, **KEYS) as running:
+            async with running.session.post(
+                running.url + "/generate", json={"text": "a"}, headers=CLIENT, allow_redirects=False
+            ) as answer:
+                assert answer.status == 307
+            assert seen == []
+        server.close()
+
+    run(check())
+
+
 # --------------------------------------------------------------------------- browsers
 
 

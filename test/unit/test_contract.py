@@ -113,7 +113,10 @@ NOT_SGLANG = {
 }
 """Uses that mean something else, or that another class's row covers."""
 
-FOREIGN = {"sglang.srt.entrypoints.http_server.app.add_api_route"}
+FOREIGN = {
+    "sglang.srt.entrypoints.http_server.app.add_api_route",
+    "sglang.srt.entrypoints.http_server.app.add_middleware",
+}
 """Members of what SGLang has from others: its app is FastAPI's."""
 
 
