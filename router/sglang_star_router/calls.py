@@ -30,6 +30,11 @@ MEDIA_TOKENS: Final = 1000
 megapixel is 500 to 2,000 tokens in the common vision models."""
 
 
+LONGEST_NAME: Final = 512
+"""Characters of a name that the router looks at; it counts a request with a longer one as unnamed
+by itself, and the engine may do with it what it likes."""
+
+
 class _Fields(msgspec.Struct):
     """The parts looked at; each is decoded only if it is needed, and never trusted."""
 
@@ -230,7 +235,7 @@ def _facts(path: str, kind: Path, fields: _Fields) -> Facts:
     return Facts(
         batch=prompt.batch,
         samples=samples,
-        rid=rid if isinstance(rid, str) and alone and kind.name_field else "",
+        rid=_name(rid) if alone and kind.name_field else "",
         named=rid is not None,
         prompt_bytes=prompt.text,
         prompt_ids=prompt.ids,
@@ -239,7 +244,7 @@ def _facts(path: str, kind: Path, fields: _Fields) -> Facts:
         streams=bytes(fields.stream) == b"true"
         or (kind.streams and bytes(fields.stream) != b"false"),
         prompt_logprobs=path == "/generate" and bytes(fields.return_logprob) == b"true",
-        previous=previous if isinstance(previous, str) else "",
+        previous=previous[: LONGEST_NAME + 1] if isinstance(previous, str) else "",
         background=responses and bytes(fields.background) == b"true",
     )
 
@@ -283,6 +288,10 @@ def _without_end(body: tuple[bytes, ...], end: bytes) -> list[bytes]:
 
 def _value(raw: msgspec.Raw) -> Any:
     return msgspec.json.decode(raw) if raw != ABSENT else None
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) <= LONGEST_NAME else ""
 
 
 def _count(value: Any) -> int:

@@ -130,9 +130,11 @@ def _shape(data: bytes) -> tuple[int, bytes]:
 
 
 def _length(raw: msgspec.Raw, depth: int) -> int:
-    """Items of a list; of numbers alone they are counted by their commas."""
+    """Items of a list; of numbers alone they are counted by their commas. What is no list has 0."""
+    data = bytes(raw)
+    if not data.startswith(b"["):
+        return 0
     if depth > 1:
         return len(_items.decode(raw))
-    data = bytes(raw)
-    inside = data.strip()[1:-1] if data.startswith(b"[") else b""
+    inside = data.strip()[1:-1]
     return inside.count(b",") + 1 if inside.strip() else 0

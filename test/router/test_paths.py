@@ -8,10 +8,14 @@ import os
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from router.fleet import FakeEngine, eventually, fleet, request_status
 from router.test_proxy import run
+from sglang_star_router import calls
 from sglang_star_router.calls import read_call
+from sglang_star_router.paths import PATHS
 
 MESSAGES = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 IMAGE = "data:image/png;base64," + base64.b64encode(os.urandom(300_000)).decode()
@@ -247,6 +251,61 @@ def test_ids_and_embeddings_count_as_what_they_are():
         assert call is not None
         assert (call.batch, call.prompt_ids) == (batch, ids)
         assert call.learnable_bytes == 0
+
+
+FIELDS = calls._Fields.__struct_fields__
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats()
+    | st.text('a"\\[é', max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["type", "content", "output", "image_url", "source", "n", "images"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(sorted(PATHS)), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6))
+def test_whatever_a_body_says_it_is_read_or_refused(path, body):
+    data = orjson.dumps(body, option=orjson.OPT_PASSTHROUGH_SUBCLASS, default=str)
+    call = read_call(path, data)
+    assert call is not None
+    assert call.batch >= 1
+    assert call.samples >= 1
+    assert call.prompt_bytes >= 0
+    assert call.prompt_tokens(lambda size: size) >= 0
+    for facts in (call.naming(call.name()), call.bootstrap("h", 1)):
+        assert orjson.loads(b"".join(call.with_fields(facts))) == orjson.loads(data) | facts
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(sorted(PATHS)), st.binary(max_size=200))
+def test_what_is_no_json_is_refused(path, data):
+    call = read_call(path, b"\xff" + data)
+    assert (call is None) == PATHS[path].json
+
+
+def test_names_of_any_length_are_no_trouble():
+    async def check():
+        engine = FakeEngine()
+        async with fleet(engine) as running:
+            for body in ({"text": "a", "rid": "r" * 600_000}, {"text": "a" * 600_000, "rid": "r"}):
+                assert (await running.post("/generate", body))[0] == 200
+                assert engine.requests[-1] == body
+            pid = running.router.intake.reader.pid
+            body = {"input": "a", "previous_response_id": "r" * 600_000}
+            assert (await running.post("/v1/responses", body))[0] == 404
+            assert running.router.intake.reader.pid == pid
+
+    run(check())
 
 
 def test_nesting_without_end_is_refused_without_harm():
