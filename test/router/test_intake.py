@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import os
 import signal
@@ -23,10 +24,11 @@ async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
     return await asyncio.open_connection(host, int(port))
 
 
-def error_of(answer: bytes) -> tuple[int, dict[str, object]]:
-    """Status and error of a raw answer."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), orjson.loads(body)["error"]
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    """What comes until the connection is closed, or reset because bytes of ours were on the way."""
+    with contextlib.suppress(ConnectionError):
+        return await reader.read()
+    return b""
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /gen", HEAD], ids=["nothing", "line", "no-end"])
@@ -35,7 +37,7 @@ def test_a_head_that_does_not_come_ends_the_connection(sent):
         async with fleet(FakeEngine(), head_timeout=0.2) as running:
             reader, writer = await connect(running.url)
             writer.write(sent)
-            assert await reader.read() == b""
+            assert await until_closed(reader) == b""
             writer.close()
 
     run(check())
@@ -47,13 +49,13 @@ def test_a_head_that_drips_ends_the_connection():
             reader, writer = await connect(running.url)
 
             async def drip():
-                for byte in HEAD * 100:
+                for byte in HEAD.rstrip() + b"x" * 100_000:
                     writer.write(bytes([byte]))
                     await asyncio.sleep(0.02)
 
             dripping = asyncio.create_task(drip())
-            assert await reader.read() == b""
-            assert not dripping.done()
+            # Long before its end: that is half an hour away.
+            assert await until_closed(reader) == b""
             dripping.cancel()
             writer.close()
 
