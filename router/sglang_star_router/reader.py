@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from typing import Final
 
@@ -76,6 +77,8 @@ class BodyReader:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "sglang_star_router.scan",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                # It finds our modules where this process found them.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 # Ctrl-C in a terminal is for the router, which ends it by closing its input.
                 start_new_session=True,
             )  # fmt: skip
