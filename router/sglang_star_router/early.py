@@ -12,6 +12,7 @@ from typing import Final
 from aiohttp import web
 
 from sglang_star_router.framing import ResponseHead
+from sglang_star_router.replies import error_event
 
 EXTRA_HEAD: Final = web.RequestKey("extra_head", bytes)
 """Where a request keeps header lines that its answer must carry, as bytes."""
@@ -49,7 +50,7 @@ class Early:
 
     def end(self, error: bytes) -> None:
         """End the stream with an error, as JSON."""
-        event = b"data: " + error.replace(b"\n", b" ") + b"\n\n"
+        event = error_event(error, self._request.path)
         transport = self._request.transport
         if transport is not None:
             transport.write(_chunk(event) + b"0\r\n\r\n")

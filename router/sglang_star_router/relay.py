@@ -49,7 +49,7 @@ class Relayed(web.StreamResponse):
 class _Client:
     """Writes to the client and holds the instance back while the client does not keep up."""
 
-    __slots__ = ("_draining", "_exchange", "_pending", "_request", "_transport", "last")
+    __slots__ = ("_draining", "_exchange", "_pending", "_request", "_transport", "last", "path")
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class _Client:
         head: bytes,
     ) -> None:
         self._request = request
+        self.path = request.path
         self._transport = transport
         self._exchange = exchange
         self._pending = head
@@ -173,7 +174,9 @@ def _end_badly(
         and scanner.at_boundary
     ):
         gap = b"" if client.last.endswith(b"\n\n\r\n") else b"\n\n"
-        event = gap + sse_error(f"the instance failed: {message}", 502, "upstream_error")
+        event = gap + sse_error(
+            f"the instance failed: {message}", 502, "upstream_error", client.path
+        )
         transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event))
         return
     # A truncated body must look truncated: whatever we appended could pass for the answer.

@@ -54,9 +54,15 @@ def rejection(error: Rejected) -> web.Response:
     return response
 
 
-def sse_error(message: str, status: int, kind: str) -> bytes:
-    """Return one server-sent event that OpenAI clients raise as an error."""
-    return b"data: " + openai_error(message, status, kind) + b"\n\n"
+def sse_error(message: str, status: int, kind: str, path: str = "") -> bytes:
+    """Return one server-sent event that clients of ``path`` raise as an error."""
+    return error_event(openai_error(message, status, kind), path)
+
+
+def error_event(error: bytes, path: str) -> bytes:
+    """Return an error, as JSON, as one event; Anthropic's clients know it by the event's name."""
+    name = b"event: error\n" if path == "/v1/messages" else b""
+    return name + b"data: " + error.replace(b"\n", b" ") + b"\n\n"
 
 
 def json_reply(payload: object, status: int = 200) -> web.Response:

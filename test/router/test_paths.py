@@ -124,6 +124,24 @@ def test_pd_has_no_stored_responses(more):
     run(check())
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "begins"),
+    [
+        ("/v1/messages", MESSAGES, b"event: error\ndata: {"),
+        ("/v1/responses", {"input": "a"}, b"data: {"),
+        ("/v1/chat/completions", MESSAGES, b"data: {"),
+    ],
+)
+def test_a_stream_that_breaks_ends_with_an_event_that_the_apis_clients_know(path, body, begins):
+    async def check():
+        engine = FakeEngine(chunks=[b"data: 1\n\n"] * 5, die_after=2)
+        async with fleet(engine) as running:
+            _, answer = await running.post(path, body | {"stream": True})
+            assert answer.split(b"\n\n")[2].startswith(begins)
+
+    run(check())
+
+
 def test_a_stored_response_is_asked_of_the_engine_that_has_it():
     async def check():
         engines = [FakeEngine() for _ in range(3)]
