@@ -22,10 +22,10 @@ ADMIN = {"Authorization": "Bearer admin"}
 MESSAGES = [{"role": "user", "content": "Count to five."}]
 SERVED: dict[str, dict[str, Any]] = {
     "/generate": {"text": "one", "sampling_params": {"max_new_tokens": 4}},
-    "/v1/completions": {"prompt": "one", "max_tokens": 4},
-    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 4},
-    "/invocations": {"messages": MESSAGES, "max_tokens": 4},
-    "/v1/messages": {"messages": MESSAGES, "max_tokens": 4},
+    "/v1/completions": {"model": "default", "prompt": "one", "max_tokens": 4},
+    "/v1/chat/completions": {"model": "default", "messages": MESSAGES, "max_tokens": 4},
+    "/invocations": {"model": "default", "messages": MESSAGES, "max_tokens": 4},
+    "/v1/messages": {"model": "default", "messages": MESSAGES, "max_tokens": 4},
     "/v1/responses": {"input": "Count to five.", "max_output_tokens": 4},
 }
 
@@ -51,7 +51,7 @@ def test_every_api_is_served_by_prefill_and_decode_behind_keys(locked: Cluster) 
         async with aiohttp.ClientSession(headers=CLIENT) as session:
             for path, body in SERVED.items():
                 for stream in (False, True):
-                    asked = {"model": "default", **body, "stream": stream}
+                    asked = {**body, "stream": stream}
                     async with session.post(locked.url + path, json=asked) as answer:
                         said = await answer.text()
                         assert answer.status == 200, (path, said)
