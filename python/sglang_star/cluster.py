@@ -193,5 +193,11 @@ class Cluster:
 
     def _members_healthy(self) -> bool:
         """Whether the router sends requests to every engine: it is healthy before it does."""
-        with urllib.request.urlopen(f"{self.url}/star/cluster", timeout=30) as answer:
+        asked = urllib.request.Request(f"{self.url}/star/cluster")
+        given = self.spec.router_arguments
+        for flag in ("--api-key", "--admin-api-key"):
+            if flag in given[:-1]:
+                key = given[given.index(flag) + 1]
+                asked.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(asked, timeout=30) as answer:
             return all(one["healthy"] for one in json.load(answer)["instances"])

@@ -1,7 +1,8 @@
 """STAR's routes on SGLang's HTTP app: ``/star/status|migrate|disarm|drain|undrain``.
 
-They live behind SGLang's API-key check like any other route. The HTTP process passes orders to
-the scheduler over a private socket; the scheduler answers between two decode steps.
+They stand under the same keys as SGLang's own admin routes: the admin key if there is one, else the
+API key. The HTTP process passes orders to the scheduler over a private socket; the scheduler
+answers between two decode steps. No key of this instance goes to an address in an order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import aiohttp
 import msgspec
 import zmq
 import zmq.asyncio
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from sglang_star.errors import (
     ConfigError,
@@ -40,6 +41,9 @@ from sglang_star.protocol import (
     decode,
     encode,
 )
+from sglang_star.secrets import Redaction
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 ORDER_TIMEOUT_S = 30.0
 RESOLVE_TIMEOUT_S = 5.0
@@ -135,13 +139,18 @@ class OrderClient:
 class Endpoints:
     """The routes' handlers."""
 
-    def __init__(self, orders: OrderClient, api_key: str | None) -> None:
+    def __init__(self, orders: OrderClient) -> None:
         self._orders = orders
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
-    def router(self) -> APIRouter:
-        """The routes, ready to include."""
-        router = APIRouter()
+    def join(self, app: FastAPI, level: Callable[[Handler], Handler]) -> None:
+        """Add the routes to ``app``.
+
+        Not through a router of their own: SGLang reads the level off the routes of the app itself
+        and takes what an included router serves for ordinary.
+
+        Args:
+            level: marks a handler with what key it needs.
+        """
         for path, method, handler in (
             ("/star/status", "GET", self.status),
             ("/star/migrate", "POST", self.migrate),
@@ -149,8 +158,7 @@ class Endpoints:
             ("/star/drain", "POST", self.drain),
             ("/star/undrain", "POST", self.undrain),
         ):
-            router.add_api_route(path, _answering(handler), methods=[method])
-        return router
+            app.add_api_route(path, level(_answering(handler)), methods=[method])
 
     async def status(self, request: Request) -> Response:
         """The instance's status now."""
@@ -226,19 +234,23 @@ class Endpoints:
         timeout = aiohttp.ClientTimeout(total=RESOLVE_TIMEOUT_S)
         try:
             async with (
-                aiohttp.ClientSession(timeout=timeout, headers=self._headers) as session,
-                session.get(url.rstrip("/") + "/server_info") as answer,
+                aiohttp.ClientSession(timeout=timeout) as session,
+                session.get(url.rstrip("/") + "/server_info", allow_redirects=False) as answer,
             ):
                 answer.raise_for_status()
                 info = msgspec.json.decode(await answer.read())
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
             raise PeerError(
                 f"target {url} does not answer: {error}",
-                hint="is it running, and does it accept this instance's --api-key?",
+                hint="is it running? If it asks for a key, name it by peer as well, "
+                "or order the move at the router",
             ) from error
         if not isinstance(info, dict) or "star" not in info:
             raise OrderRefused(f"target {url} runs without STAR", hint="launch it with --star")
-        star = msgspec.convert(info["star"], Advertisement)
+        try:
+            star = msgspec.convert(info["star"], Advertisement)
+        except msgspec.ValidationError as error:
+            raise PeerError(f"target {url} describes itself wrongly: {error}") from None
         if star.protocol_version != PROTOCOL_VERSION:
             raise OrderRefused(
                 f"target {url} speaks STAR protocol {star.protocol_version}, this instance "
@@ -270,10 +282,12 @@ def install(
     if getattr(server_args, ATTRIBUTE, None) is None:
         return
     from sglang.srt.entrypoints.http_server import app
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     # The order socket is this instance's own: take it out of what /server_info shows.
     address = scheduler_infos[0].pop("star_order_address")
-    app.include_router(Endpoints(OrderClient(address), server_args.api_key).router())
+    Endpoints(OrderClient(address)).join(app, auth_level(AuthLevel.ADMIN_OPTIONAL))
+    app.add_middleware(Redaction)
 
 
 def keep_latest_estimate(
@@ -300,9 +314,7 @@ def keep_latest_estimate(
     return (manager, meta_info, state, rest, index, finish_reason), {}
 
 
-def _answering(
-    handler: Callable[[Request], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
+def _answering(handler: Handler) -> Handler:
     """Turn a StarError into its JSON answer."""
 
     async def answer(request: Request) -> Response:

@@ -38,8 +38,8 @@ HEADER: Final = (
 )
 
 
-def door(key_file: str, *, insecure: bool) -> Door:
-    """The door of a process that was given this key file, or none.
+def access(key_file: str, *, insecure: bool) -> Access:
+    """The access of a process that was given this key file, or none.
 
     Raises:
         ConfigError: the file is not there, others may read it, or it is no key file.
@@ -47,7 +47,7 @@ def door(key_file: str, *, insecure: bool) -> Door:
     return FleetKey(key_file) if key_file else Unlocked(insecure=insecure)
 
 
-class Door(Protocol):
+class Access(Protocol):
     """Who may speak to this process's sockets, and to whom it speaks."""
 
     def guard(self, context: zmq.Context[Any]) -> ThreadAuthenticator | None:
@@ -78,13 +78,13 @@ class Unlocked:
         self._insecure = insecure
 
     def guard(self, context: zmq.Context[Any]) -> None:
-        """See :class:`Door`."""
+        """See :class:`Access`."""
 
     def serve(self, socket: zmq.Socket[Any]) -> None:
-        """See :class:`Door`."""
+        """See :class:`Access`."""
 
     def connect(self, socket: zmq.Socket[Any], address: str) -> None:
-        """See :class:`Door`."""
+        """See :class:`Access`."""
         place, named = _split(address)
         if named:
             raise PeerError(
@@ -99,7 +99,7 @@ class Unlocked:
         socket.connect(place)
 
     def advertise(self, address: str) -> str:
-        """See :class:`Door`."""
+        """See :class:`Access`."""
         return address
 
 
@@ -122,19 +122,19 @@ class FleetKey:
     # ------------------------------------------------------------------ sockets
 
     def guard(self, context: zmq.Context[Any]) -> ThreadAuthenticator:
-        """See :class:`Door`."""
+        """See :class:`Access`."""
         guard = ThreadAuthenticator(context)
         guard.start()
         guard.configure_curve_callback(credentials_provider=self)
         return guard
 
     def serve(self, socket: zmq.Socket[Any]) -> None:
-        """See :class:`Door`; with the first key."""
+        """See :class:`Access`; with the first key."""
         socket.curve_secretkey, socket.curve_publickey = self._first()
         socket.curve_server = True
 
     def connect(self, socket: zmq.Socket[Any], address: str) -> None:
-        """See :class:`Door`."""
+        """See :class:`Access`."""
         place, named = _split(address)
         if not named:
             raise PeerError(
@@ -151,7 +151,7 @@ class FleetKey:
         socket.connect(place)
 
     def advertise(self, address: str) -> str:
-        """See :class:`Door`: the address with the key's name."""
+        """See :class:`Access`: the address with the key's name."""
         return f"{address}#{self.ids()[0]}"
 
     def callback(self, domain: str, key: bytes) -> bool:

@@ -13,7 +13,7 @@ from sglang_star import __version__, hooks
 from sglang_star.config import StarConfig
 from sglang_star.engine.real import SglangEngine
 from sglang_star.faults import Faults
-from sglang_star.fleet_key import door
+from sglang_star.fleet_key import access
 from sglang_star.identity import host_token
 from sglang_star.migration.links import Links
 from sglang_star.migration.mover import Mover
@@ -46,7 +46,7 @@ def open_links(scheduler: Scheduler, config: StarConfig) -> Links:
         heartbeat_s=config.heartbeat_s,
         timeout_s=config.peer_timeout_s,
         stuck_s=config.stuck_timeout_s,
-        door=door(config.fleet_key, insecure=config.insecure),
+        access=access(config.fleet_key, insecure=config.insecure),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import math
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
@@ -13,20 +12,25 @@ from aiohttp.typedefs import Handler
 from prometheus_client.core import Metric
 
 from sglang_star.errors import PeerError
-from sglang_star.fleet_key import door
-from sglang_star_router import dashboard
-from sglang_star_router.calls import GENERATION_PATHS
+from sglang_star.fleet_key import access
+from sglang_star_router import dashboard, early, tls
+from sglang_star_router.affinity import Affinity
+from sglang_star_router.closing import CUT, Closing
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.dispatch import Dispatcher
+from sglang_star_router.door import FLEET_PATHS, OPEN_PATHS, Door
 from sglang_star_router.engine import EngineClient
 from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.health import Health
+from sglang_star_router.intake import CONTROL_BYTES, Intake
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.metrics import Metrics
+from sglang_star_router.paths import PATHS
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.registry import make_dispatch, make_rescheduler
 from sglang_star_router.proxy import Proxy, request_block
+from sglang_star_router.relay import Relayed
 from sglang_star_router.replies import Rejected, json_reply, rejection
 from sglang_star_router.rescheduler import OrderSender, Rescheduler
 from sglang_star_router.snapshot import Snapshots
@@ -35,23 +39,21 @@ from sglang_star_router.telemetry import StatusFeed
 from sglang_star_router.upstream import Pool
 from sglang_star_router.views import fleet_metrics
 
-EVERY_INSTANCE: Final = ("/flush_cache", "/abort_request", "/start_profile", "/stop_profile")
-"""SGLang endpoints that make sense only for the whole fleet."""
 ANY_INSTANCE: Final = (
     "/v1/{rest:.*}",
+    "/api/tags",
+    "/api/show",
     "/get_model_info",
     "/model_info",
     "/tokenize",
     "/detokenize",
-    "/encode",
-    "/classify",
     "/parse_function_call",
     "/separate_reasoning",
 )
 """Paths any instance answers alike. What changes an instance goes to that instance directly."""
-OPEN_PATHS: Final = frozenset({"/health", "/ready", "/metrics", "/dashboard"})
-"""Served without the API key, as SGLang does for health and metrics; they show no prompts."""
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+SECRETS: Final = frozenset({"api_key", "admin_api_key", "ssl_keyfile_password", "launch_command"})
+READINESS: Final = ("/health", "/health_generate", "/ready", "/readiness")
 NOBODY: Final = Rejected(
     "no healthy instance", status=503, kind="service_unavailable", retry_after_s=1
 )
@@ -74,9 +76,13 @@ class Router:
         oracle = config.rescheduler == "oracle"
         self.config = config
         self.fleet = Fleet(config.members, calibrate=config.calibrate)
-        self.metrics = Metrics()
-        self.pool = Pool()
-        self.engine = EngineClient(self.pool, config.api_key, config.health_check_timeout)
+        self.metrics = Metrics(config.prometheus_duration_buckets)
+        self.door = Door(config, self.metrics)
+        self.closing = Closing()
+        self.pool = Pool(tls=tls.worker_context(config))
+        self.engine = EngineClient(
+            self.pool, config.api_key, config.health_check_timeout, admin_key=config.admin_api_key
+        )
         self.ledger = Ledger(
             self.fleet,
             cooldown_s=config.move_cooldown,
@@ -85,7 +91,7 @@ class Router:
         self.fleet.on_move_report = self.ledger.report
         self.health = Health(config, self.fleet, self.engine, lambda one: self.feed.follow(one))
         self.feed = StatusFeed(
-            self.fleet, self.health.doubt, door(config.fleet_key, insecure=config.insecure)
+            self.fleet, self.health.doubt, access(config.fleet_key, insecure=config.insecure)
         )
         snapshots = Snapshots(
             self.fleet,
@@ -109,7 +115,13 @@ class Router:
             hold_deadline_s=_hold_deadline_s(config),
             true_lengths=oracle,
         )
-        self.proxy = Proxy(config, self.pool, self.dispatcher, self.health, self.metrics)
+        self.intake = Intake(
+            config, self.dispatcher, Affinity(self.fleet, self.engine), self.closing
+        )
+        self.metrics.buffered.set_function(lambda: self.intake.buffered)
+        self.proxy = Proxy(
+            config, self.pool, self.dispatcher, self.health, self.metrics, self.intake
+        )
         self.sender = OrderSender(self.fleet, self.engine, self.ledger)
         self.rescheduler: Rescheduler | None = None
         if rescheduler_policy is None and config.rescheduler != "off":
@@ -130,25 +142,30 @@ class Router:
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
-        middlewares = [self._authorize] if self.config.api_key else []
-        app = web.Application(
-            client_max_size=self.config.max_payload_bytes, middlewares=middlewares
-        )
-        for path in sorted(GENERATION_PATHS):
-            app.router.add_post(path, self.proxy.generate)
-        app.router.add_put("/generate", self.proxy.generate)
-        for path in EVERY_INSTANCE:
+        app = web.Application(middlewares=[self._let_in])
+        app[CUT] = self.closing
+        for path, kind in sorted(PATHS.items()):
+            for method in kind.methods:
+                app.router.add_route(method, path, self.proxy.generate)
+        for path in FLEET_PATHS:
             app.router.add_route("*", path, self._every_instance)
-        api = StarApi(self.fleet, self.ledger, self.sender, self.engine, self.dispatcher, self.feed)
+        api = StarApi(
+            self.fleet, self.ledger, self.sender, self.engine, self.dispatcher, self.feed,
+            self.intake,
+        )  # fmt: skip
         app.add_routes(api.routes())
         app.add_routes(
             [
-                web.get("/health", self._is_healthy),
-                web.get("/ready", self._is_healthy),
-                web.get("/metrics", self._show_metrics),
+                web.get("/liveness", self._is_alive),
+                web.get("/ping", self._is_alive),
+                *(web.get(path, self._is_ready) for path in READINESS),
+                web.get("/metrics", self.show_metrics),
                 web.get("/dashboard", dashboard.page),
                 web.get("/server_info", self._server_info),
                 web.get("/get_server_info", self._server_info),
+                web.get("/v1/realtime", self._no_websocket),
+                web.get("/v1/responses/{name}", self._stored_response),
+                web.post("/v1/responses/{name}/cancel", self._stored_response),
             ]
         )
         for path in ANY_INSTANCE:
@@ -165,6 +182,7 @@ class Router:
             loop.cancel()
             await asyncio.gather(loop, return_exceptions=True)
             await self.rescheduler.close()
+        await self.intake.reader.close()
         await self.health.close()
         await self.feed.close()
         self.pool.close()
@@ -172,17 +190,44 @@ class Router:
     # ------------------------------------------------------------------ handlers
 
     @web.middleware
-    async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "")
-        if request.path not in OPEN_PATHS and not hmac.compare_digest(
-            given.encode(), f"Bearer {self.config.api_key}".encode()
-        ):
-            message = "missing or wrong API key: send Authorization: Bearer KEY"
-            return rejection(Rejected(message, status=401, kind="authentication_error"))
-        return await handler(request)
+    async def _let_in(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Around every request: keys, browsers, the end of the router, and errors as JSON."""
+        allowed = self.door.origin(request)
+        if allowed and request.method == "OPTIONS":
+            return self.door.preflight(request, allowed)
+        response: web.StreamResponse
+        try:
+            self.door.open(request)
+            if request.path in OPEN_PATHS:
+                response = await handler(request)
+            else:
+                with self.closing:
+                    response = await handler(request)
+        except Rejected as error:
+            response = rejection(error)
+        except PeerError as error:
+            response = rejection(Rejected(str(error), status=502, kind="upstream_error"))
+        self.door.log(request, response.status)
+        begun = early.stop(request)
+        if isinstance(response, Relayed):
+            return response
+        if begun is not None:
+            body = response.body if isinstance(response, web.Response) else b""
+            begun.end(body if isinstance(body, bytes) else b"")
+            return Relayed(response.status, begun.stays)
+        response.headers.update(allowed)
+        if self.closing.begun:
+            response.force_close()
+        return response
 
-    async def _is_healthy(self, request: web.Request) -> web.Response:
-        """200 while every role has a healthy instance."""
+    async def _is_alive(self, request: web.Request) -> web.Response:
+        """200 while the router answers at all."""
+        return web.Response()
+
+    async def _is_ready(self, request: web.Request) -> web.Response:
+        """200 while every role has a healthy instance and the router takes requests."""
+        if self.closing.begun:
+            return json_reply({"closing": True}, 503)
         roles = {one.role for one in self.fleet}
         missing = sorted(roles - {one.role for one in self.fleet if one.healthy})
         if not missing:
@@ -190,8 +235,25 @@ class Router:
         trouble = {one.name: one.trouble for one in self.fleet if not one.healthy}
         return json_reply({"missing": missing, "trouble": trouble}, 503)
 
-    async def _show_metrics(self, request: web.Request) -> web.Response:
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        """Show what Prometheus reads."""
         return web.Response(body=self.metrics.text(), headers={"Content-Type": METRICS_TYPE})
+
+    async def _no_websocket(self, request: web.Request) -> web.Response:
+        raise Rejected(
+            "the router passes no WebSocket on", status=501, kind="not_implemented_error",
+            hint="POST audio to /v1/audio/transcriptions, or connect to an engine",
+        )  # fmt: skip
+
+    async def _stored_response(self, request: web.Request) -> web.StreamResponse:
+        """Ask the engine that stores a response."""
+        if self.config.disaggregated:
+            raise Rejected(
+                "SGLang stores no responses where prefill and decode are apart",
+                status=501, kind="not_implemented_error",
+            )  # fmt: skip
+        home = await self.intake.affinity.home(request.match_info["name"])
+        return await self.proxy.forward(request, home)
 
     async def _any_instance(self, request: web.Request) -> web.StreamResponse:
         """Pass on what any instance can answer, to each healthy one in turn."""
@@ -203,7 +265,7 @@ class Router:
 
     async def _every_instance(self, request: web.Request) -> web.Response:
         """Send to every healthy instance; the answer is the worst of theirs."""
-        body = await request.read()
+        body = await self.intake.read(request, CONTROL_BYTES)
         members = [one for one in self.fleet if one.healthy]
         if not members:
             return rejection(NOBODY)
@@ -220,7 +282,7 @@ class Router:
         return json_reply({"instances": report}, worst)
 
     async def _ask(self, request: web.Request, instance: Instance, body: bytes) -> tuple[int, str]:
-        block = request_block(request, body, instance)
+        block = request_block(request, (body,), instance)
         exchange = await self.pool.send(instance.endpoint, block)
         try:
             async with asyncio.timeout(self.config.request_timeout):
@@ -232,7 +294,13 @@ class Router:
     async def _server_info(self, request: web.Request) -> web.StreamResponse:
         """One instance's when aggregated; in PD all of them, under ``prefill`` and ``decode``."""
         if not self.config.disaggregated:
-            return await self._any_instance(request)
+            self._turn += 1
+            healthy = [one for one in self.fleet if one.healthy]
+            if not healthy:
+                return rejection(NOBODY)
+            one = healthy[self._turn % len(healthy)]
+            status, info = await self.engine.json(one, "GET", "/server_info")
+            return json_reply(_without_secrets(info), status)
         infos: dict[str, list[Any]] = {"prefill": [], "decode": []}
         for instance in self.fleet:
             if not instance.healthy:
@@ -242,13 +310,20 @@ class Router:
             except PeerError:
                 continue
             if status == 200:
-                infos[instance.role].append(info)
+                infos[instance.role].append(_without_secrets(info))
         if not all(infos.values()):
             return rejection(NOBODY)
         return json_reply(infos)
 
     def _collect(self) -> Iterable[Metric]:
         return fleet_metrics(self.fleet, self.ledger, self.dispatcher, self.feed, self.rescheduler)
+
+
+def _without_secrets(info: Any) -> Any:
+    """What an engine says of itself, less its keys, which plain SGLang shows."""
+    if not isinstance(info, dict):
+        return info
+    return {name: value for name, value in info.items() if name not in SECRETS}
 
 
 def _hold_deadline_s(config: RouterConfig) -> float:

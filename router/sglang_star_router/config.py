@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from sglang_star.errors import ConfigError
+from sglang_star_router.peer_flags import refuse_flags
 from sglang_star_router.policy.registry import DISPATCH_NAMES, RESCHEDULER_NAMES
 
 RESCHEDULER_CHOICES = ("off", *RESCHEDULER_NAMES)
@@ -67,6 +70,35 @@ class Member:
     bootstrap_port: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ControlKey:
+    """A key for the control plane, as ``sglang_router`` writes it: ``ID:NAME:ROLE:KEY``.
+
+    Attributes:
+        name: what the audit log calls its bearer; admin: may give orders, not only look.
+    """
+
+    name: str
+    admin: bool
+    key: str = field(repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> ControlKey:
+        """Read one.
+
+        Raises:
+            ConfigError: another form; the key itself is not repeated.
+        """
+        parts = text.split(":", 3)
+        if len(parts) != 4 or parts[2].lower() not in ("admin", "user") or not parts[3]:
+            who = f"the one of {parts[0]}" if len(parts) == 4 else "one"
+            raise ConfigError(
+                f"--control-plane-api-keys: {who} is not ID:NAME:ROLE:KEY",
+                hint="ROLE is admin or user",
+            )
+        return cls(f"{parts[0]} ({parts[1]})", parts[2].lower() == "admin", parts[3])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """Everything the router can be told. Times are seconds unless the name says otherwise."""
@@ -89,7 +121,20 @@ class RouterConfig:
     api_key: str | None = None
     fleet_key: str = ""
     insecure: bool = False
+    admin_api_key: str | None = None
+    control_plane_api_keys: tuple[ControlKey, ...] = ()
+    control_plane_audit_enabled: bool = False
+    cors_allowed_origins: tuple[str, ...] = ()
+    tls_cert_path: str | None = None
+    tls_key_path: str | None = None
+    client_cert_path: str | None = None
+    client_key_path: str | None = None
+    ca_cert_paths: tuple[str, ...] = ()
     request_timeout: float = 1800.0
+    head_timeout: float = 15.0
+    body_timeout: float = 120.0
+    sse_keepalive: float = 0.0
+    health_check_endpoint: str = "/health"
     health_check_interval: float = 5.0
     health_check_timeout: float = 5.0
     health_failure_threshold: int = 3
@@ -97,8 +142,15 @@ class RouterConfig:
     queue_size: int = 1024
     queue_timeout: float = 60.0
     max_retries: int = 3
-    max_payload_bytes: int = 512 * 1024 * 1024
-    shutdown_grace: float = 10.0
+    max_payload_bytes: int = 64 * 1024 * 1024
+    max_buffered_bytes: int = 2 * 1024 * 1024 * 1024
+    max_concurrent_requests: int = -1
+    rate_limit: float = 0.0
+    shutdown_grace: float = 180.0
+    prometheus_host: str = "127.0.0.1"
+    prometheus_port: int = 0
+    prometheus_duration_buckets: tuple[float, ...] = ()
+    log_dir: str | None = None
     log_level: str = "info"
 
     @property
@@ -134,35 +186,59 @@ class RouterConfig:
             raise ConfigError(f"--port {self.port} is not a port number")
         for name in ("rescheduler_interval", "max_moves_per_second", "move_report_timeout",
                      "status_stale", "request_timeout", "health_check_interval",
-                     "health_check_timeout", "queue_timeout"):  # fmt: skip
+                     "health_check_timeout", "queue_timeout", "head_timeout", "body_timeout",
+                     "max_payload_bytes", "max_buffered_bytes"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_flag(name)} must be positive, not {getattr(self, name)}")
         for name in ("max_moves", "health_failure_threshold", "health_success_threshold"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("queue_size", "max_retries", "move_cooldown"):
+        for name in ("queue_size", "max_retries", "move_cooldown", "sse_keepalive",
+                     "shutdown_grace", "rate_limit"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must not be negative")
+        if self.max_concurrent_requests == 0 or self.max_concurrent_requests < -1:
+            raise ConfigError("--max-concurrent-requests must be positive, or -1 for no limit")
+        for pair in ("tls", "client"):
+            cert, key = f"{pair}_cert_path", f"{pair}_key_path"
+            if (getattr(self, cert) is None) != (getattr(self, key) is None):
+                raise ConfigError(f"{_flag(cert)} and {_flag(key)} belong together")
+        if not self.health_check_endpoint.startswith("/"):
+            raise ConfigError("--health-check-endpoint must begin with a slash")
 
 
 _SECONDS = {
     "request_timeout", "health_check_interval", "health_check_timeout", "queue_timeout",
-    "status_stale", "shutdown_grace",
+    "status_stale", "head_timeout", "body_timeout", "sse_keepalive",
 }  # fmt: skip
 
 
 _METAVARS: dict[str | type, str] = {
-    "host": "ADDRESS", "port": "PORT", "api_key": "KEY", "fleet_key": "FILE",
-    "max_payload_bytes": "BYTES", "policy": "NAME", "prefill_policy": "NAME",
-    "max_moves_per_second": "N", int: "N", float: "S",
+    "host": "ADDRESS", "port": "PORT", "api_key": "KEY", "admin_api_key": "KEY",
+    "fleet_key": "FILE",
+    "max_payload_bytes": "BYTES", "max_buffered_bytes": "BYTES", "prometheus_host": "ADDRESS",
+    "prometheus_port": "PORT", "health_check_endpoint": "PATH", "log_dir": "FOLDER",
+    "tls_cert_path": "FILE", "tls_key_path": "FILE",
+    "client_cert_path": "FILE", "client_key_path": "FILE",
+    "policy": "NAME", "prefill_policy": "NAME", "max_moves_per_second": "N", int: "N", float: "S",
 }  # fmt: skip
 
 
+_NAMES = {
+    "fleet_key": "--star-fleet-key",
+    "insecure": "--star-insecure",
+    "max_payload_bytes": "--max-payload-size",
+    "max_buffered_bytes": "--max-buffered-size",
+    "head_timeout": "--client-head-timeout-secs",
+    "body_timeout": "--client-body-timeout-secs",
+    "shutdown_grace": "--shutdown-grace-period-secs",
+    "rate_limit": "--rate-limit-tokens-per-second",
+}
+
+
 def _flag(name: str) -> str:
-    if name == "max_payload_bytes":
-        return "--max-payload-size"
-    if name in ("fleet_key", "insecure"):
-        return "--star-" + name.replace("_", "-")
+    if name in _NAMES:
+        return _NAMES[name]
     return "--" + name.replace("_", "-") + ("-secs" if name in _SECONDS else "")
 
 
@@ -198,17 +274,49 @@ def build_parser() -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     option(server, "host", "Address to listen on.")
     option(server, "port", "Port to listen on.")
-    option(server, "api_key", "Key that clients must present and that instances are given.",
-           type=str)  # fmt: skip
-    option(server, "fleet_key", "File that makes the router a member of the engines' fleet "
-           "(see `star keys`).")  # fmt: skip
-    server.add_argument(_flag("insecure"), dest="insecure", action="store_true",
-                        help="Believe engines on other machines without a fleet key.")  # fmt: skip
     option(server, "request_timeout", "Longest time one request may take.")
-    option(server, "max_payload_bytes", "Largest request body, bytes.")
+    option(server, "shutdown_grace", "Time that open requests get to end on SIGTERM.")
+    option(server, "sse_keepalive", "Time between comments to a stream that is held; 0 sends none.")
     option(server, "max_retries", "Other instances tried when one fails before its first byte.")
-    option(server, "shutdown_grace", "Time open streams get to end on SIGTERM.")
-    option(server, "log_level", "Verbosity.", choices=LOG_LEVELS)
+    option(server, "prometheus_port", "Serve /metrics on this port too; 0 is off.")
+    option(server, "prometheus_host", "Address of that port.")
+    server.add_argument("--prometheus-duration-buckets", nargs="+", type=float, metavar="S",
+                        default=[], help="Bounds of the histogram of first bytes.")  # fmt: skip
+    option(server, "log_dir", "Write the log to a file in this folder too.", type=str)
+    option(server, "log_level", "Verbosity.", type=_log_level, choices=LOG_LEVELS)
+
+    clients = parser.add_argument_group("limits for clients")
+    option(clients, "head_timeout", "Longest time a client may take over a request's head.")
+    option(clients, "body_timeout", "Longest time a client may take over a request's body.")
+    option(clients, "max_payload_bytes", "Largest request body, bytes.")
+    option(clients, "max_buffered_bytes", "Request bodies kept at a time, all together, bytes.")
+    option(clients, "max_concurrent_requests", "Requests served at a time; others queue. -1: all.")
+    option(clients, "rate_limit", "Requests begun per second; others queue. 0: no limit.")
+
+    door = parser.add_argument_group("keys and certificates")
+    option(door, "fleet_key", "File that makes the router a member of the engines' fleet "
+           "(see `star keys`).")  # fmt: skip
+    door.add_argument(_flag("insecure"), dest="insecure", action="store_true",
+                      help="Believe engines on other machines without a fleet key.")  # fmt: skip
+    option(door, "api_key", "Key that clients must present and that instances are given.",
+           type=str)  # fmt: skip
+    option(door, "admin_api_key", "Key for /star/*, abort, flush, profile; here and there.",
+           type=str)  # fmt: skip
+    door.add_argument("--control-plane-api-keys", nargs="*", default=[],
+                      metavar="ID:NAME:ROLE:KEY",
+                      help="More keys for the same: a user may look, an admin give orders.",
+                      )  # fmt: skip
+    door.add_argument("--control-plane-audit-enabled", action="store_true",
+                      help="Log who asked what of the control plane.")  # fmt: skip
+    door.add_argument("--cors-allowed-origins", nargs="*", default=[], metavar="ORIGIN",
+                      help="Origins whose pages may read answers; * is any.")  # fmt: skip
+    option(door, "tls_cert_path", "Serve HTTPS with this certificate.", type=str)
+    option(door, "tls_key_path", "Its key.", type=str)
+    option(door, "client_cert_path", "Certificate shown to instances.", type=str)
+    option(door, "client_key_path", "Its key.", type=str)
+    door.add_argument("--ca-cert-paths", nargs="*", default=[], metavar="FILE",
+                      help="CAs that instances' certificates must come from, "
+                      "instead of the system's.")  # fmt: skip
 
     dispatch = parser.add_argument_group("dispatch")
     option(dispatch, "policy", "Chooses the decode or aggregated instance: "
@@ -237,6 +345,7 @@ def build_parser() -> argparse.ArgumentParser:
     option(moves, "status_stale", "Age at which an instance's status is no longer acted upon.")
 
     health = parser.add_argument_group("health")
+    option(health, "health_check_endpoint", "What is asked of an instance.")
     option(health, "health_check_interval", "Time between two checks of an instance.")
     option(health, "health_check_timeout", "Longest time a check may take.")
     option(health, "health_failure_threshold", "Failed checks before an instance is excluded.")
@@ -251,6 +360,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         ConfigError: flags that contradict each other, or a value of no use.
         SystemExit: argparse's own errors and ``--help``.
     """
+    refuse_flags(sys.argv[1:] if argv is None else argv)
     args = vars(build_parser().parse_args(argv))
     members = _members(
         args.pop("worker_urls"), args.pop("pd_disaggregation"),
@@ -266,7 +376,17 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
             "engines move KV by copying it; recomputing it at the target is for star simulate",
             hint="leave recompute_tokens_per_s out",
         )
+    args["control_plane_api_keys"] = tuple(
+        ControlKey.parse(text) for text in args["control_plane_api_keys"]
+    )
+    for name in ("cors_allowed_origins", "ca_cert_paths", "prometheus_duration_buckets"):
+        args[name] = tuple(args[name])
     return RouterConfig(members=members, **args)
+
+
+def _log_level(text: str) -> str:
+    """Accept ``warn`` as sglang_router spells it."""
+    return "warning" if text == "warn" else text
 
 
 def _policy_name(text: str) -> str:
@@ -326,9 +446,21 @@ def _params(flag: str, given: list[str]) -> dict[str, float | int | bool]:
     return parsed
 
 
-def configure_logging(level: str) -> None:
-    """Log to standard error, one line per event."""
+def configure_logging(level: str, log_dir: str | None = None) -> None:
+    """Log to standard error, one line per event, and to a file if a folder is given.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log_dir is not None:
+        try:
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(Path(log_dir) / "star-router.log"))
+        except OSError as error:
+            raise ConfigError(f"--log-dir {log_dir} cannot be written: {error}") from None
     # ``star router`` comes through a command line that has set logging up for its own messages.
     logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=handlers, force=True,
+    )  # fmt: skip

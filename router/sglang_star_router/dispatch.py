@@ -97,6 +97,17 @@ class Dispatcher:
         """Requests waiting for an instance."""
         return len(self._queue)
 
+    def refuse_if_full(self) -> None:
+        """Refuse at once what :meth:`seat` would refuse whatever it is.
+
+        Raises:
+            Rejected: the queue is full, and somebody in it comes first.
+        """
+        waiting = len(self._queue)
+        now = time.monotonic()
+        if waiting >= self._queue_size and any(self._in_time(one, now) for one in self._queue):
+            raise self._refusal(429, f"{waiting} requests are waiting already", close=True)
+
     async def seat(self, call: Call, rid: str, excluded: Collection[str]) -> Seat:
         """Choose instances for a request, waiting if the policy says so.
 
@@ -130,11 +141,12 @@ class Dispatcher:
     # ------------------------------------------------------------------ one decision
 
     def _arrival(self, call: Call, rid: str) -> Arrival:
-        prompt = call.prompt_ids or self._fleet.tokens_of(call.prompt_bytes)
-        limit = call.max_new_tokens
-        if not limit:
-            limits = (one.context_limit for one in self._fleet.decoding())
-            limit = max(1, max(limits, default=0) - prompt // call.batch)
+        prompt = call.prompt_tokens(self._fleet.tokens_of)
+        longest = max((one.context_limit for one in self._fleet.decoding()), default=0)
+        if longest:
+            # What is longer will be refused by the engine and takes no room there.
+            prompt = min(prompt, longest * call.batch)
+        limit = call.max_new_tokens or max(1, longest - prompt // call.batch)
         total = limit * call.batch * call.samples
         return Arrival(
             rid=rid,
@@ -167,7 +179,7 @@ class Dispatcher:
                     instance,
                     arrival.rid,
                     arrival.prompt_tokens,
-                    call.prompt_bytes,
+                    call.learnable_bytes,
                     arrival.max_new_tokens,
                 )
                 seat.tickets.append((instance, ticket))
@@ -189,10 +201,10 @@ class Dispatcher:
             raise self._refusal(503, f"the policy chose {name!r}, which is not in the fleet")
         return instance
 
-    def _refusal(self, status: int, message: str) -> Rejected:
+    def _refusal(self, status: int, message: str, *, close: bool = False) -> Rejected:
         self.refused[status] += 1
         kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
-        return Rejected(message, status=status, kind=kind, retry_after_s=1)
+        return Rejected(message, status=status, kind=kind, retry_after_s=1, close=close)
 
     # ------------------------------------------------------------------ holding
 

@@ -15,9 +15,12 @@ from sglang_star_router.upstream import Exchange, Pool
 class EngineClient:
     """Small JSON requests on the shared connection pool."""
 
-    def __init__(self, pool: Pool, api_key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, pool: Pool, api_key: str | None, timeout_s: float, *, admin_key: str | None = None
+    ) -> None:
+        """``admin_key`` is for engines' admin routes, ``/star/*``; without it ``api_key`` is."""
         self._pool = pool
-        self._authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._keys = {False: api_key, True: admin_key or api_key}
         self._timeout_s = timeout_s
 
     async def call(
@@ -34,16 +37,18 @@ class EngineClient:
             PeerError: no answer, or not in time.
         """
         body = b"" if payload is None else orjson.dumps(payload)
+        key = self._keys[path.startswith("/star/")]
+        authorization = f"Authorization: Bearer {key}\r\n" if key else ""
         block = (
             f"{method} {path} HTTP/1.1\r\n"
             f"Host: {instance.endpoint.url.partition('://')[2]}\r\n"
-            f"Accept: application/json\r\n{self._authorization}"
+            f"Accept: application/json\r\n{authorization}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode() + body
         exchange: Exchange | None = None
         try:
             async with asyncio.timeout(timeout_s or self._timeout_s):
-                exchange = await self._pool.send(instance.endpoint, block)
+                exchange = await self._pool.send(instance.endpoint, (block,))
                 head = await exchange.opened
                 return head.status, await exchange.collect()
         except TimeoutError:

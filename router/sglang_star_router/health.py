@@ -76,10 +76,13 @@ class Health:
         """Check one instance once; never raises for what an instance does."""
         try:
             status, _ = await self._engine.call(
-                instance, "GET", "/health", timeout_s=self._config.health_check_timeout
+                instance,
+                "GET",
+                self._config.health_check_endpoint,
+                timeout_s=self._config.health_check_timeout,
             )
             if status != 200:
-                raise PeerError(f"/health answered {status}")
+                raise PeerError(f"{self._config.health_check_endpoint} answered {status}")
             if not instance.described or self._silent(instance):
                 await self._describe(instance)
         except StarError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,7 +14,8 @@ _FINE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 class Metrics:
     """What is counted as it happens; what can be read off the fleet is, at scrape time."""
 
-    def __init__(self) -> None:
+    def __init__(self, buckets: Sequence[float] = ()) -> None:
+        """``buckets`` are the bounds, in seconds, of the histogram of first bytes."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "star_router_requests", "Generation requests by path and status.",
@@ -33,9 +34,21 @@ class Metrics:
             "star_router_lost_streams", "Streams broken by an instance after they had begun.",
             registry=self.registry,
         )  # fmt: skip
+        self.denied = Counter(
+            "star_router_denied", "Requests without the key they need.",
+            ("door",), registry=self.registry,
+        )  # fmt: skip
+        self.buffered = Gauge(
+            "star_router_buffered_bytes", "Bytes of request bodies that are kept.",
+            registry=self.registry,
+        )  # fmt: skip
+        self.slow_heads = Counter(
+            "star_router_slow_heads", "Connections closed because no head came in time.",
+            registry=self.registry,
+        )  # fmt: skip
         self.first_byte = Histogram(
             "star_router_first_byte_seconds", "Request received to first byte of the answer.",
-            buckets=_SECONDS, registry=self.registry,
+            buckets=tuple(buckets) or _SECONDS, registry=self.registry,
         )  # fmt: skip
         self.decision = Histogram(
             "star_router_rescheduler_decision_seconds", "Time of one rescheduling decision.",

@@ -15,14 +15,17 @@ from typing import Final
 from aiohttp import web
 
 from sglang_star.errors import PeerError
-from sglang_star_router.calls import Call, new_rid, read_call
+from sglang_star_router.calls import Call
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.dispatch import Dispatcher, Seat
+from sglang_star_router.door import AUTHORIZATION
 from sglang_star_router.fleet import Instance
 from sglang_star_router.framing import HOP_BY_HOP, ResponseHead
 from sglang_star_router.health import Health
+from sglang_star_router.intake import Intake
 from sglang_star_router.logprobs import with_prompt_logprobs
 from sglang_star_router.metrics import Metrics
+from sglang_star_router.paths import RESPONSES
 from sglang_star_router.relay import relay
 from sglang_star_router.replies import Rejected, rejection
 from sglang_star_router.upstream import Exchange, Pool, UpstreamLost
@@ -75,42 +78,38 @@ class Proxy:
         dispatcher: Dispatcher,
         health: Health,
         metrics: Metrics,
+        intake: Intake,
     ) -> None:
         self._config = config
         self._pool = pool
         self._dispatcher = dispatcher
         self._health = health
         self._metrics = metrics
+        self._intake = intake
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Handle one generation request, start to end."""
         arrived = time.monotonic()
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout
-        body = await request.read()
-        call = read_call(request.path, body)
         response: web.StreamResponse
-        if call is None:
-            response = rejection(
-                Rejected("the body is not a JSON object", status=400, kind="invalid_request_error")
-            )
-        else:
-            self._metrics.active.inc()
-            try:
+        self._metrics.active.inc()
+        try:
+            async with self._intake.admit(request) as call:
                 response = await self._attempts(request, call, arrived, deadline)
-            except Rejected as error:
-                response = rejection(error)
-            except TimeoutError:
-                limit = f"no answer within {self._config.request_timeout:g} s"
-                response = rejection(Rejected(limit, status=504, kind="timeout_error"))
-            finally:
-                self._metrics.active.dec()
+        except Rejected as error:
+            response = rejection(error)
+        except TimeoutError:
+            limit = f"no answer within {self._config.request_timeout:g} s"
+            response = rejection(Rejected(limit, status=504, kind="timeout_error"))
+        finally:
+            self._metrics.active.dec()
         self._metrics.count(request.path, response.status)
         return response
 
     async def forward(self, request: web.Request, instance: Instance) -> web.StreamResponse:
         """Pass any other request to one instance, unchanged."""
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout
-        block = request_block(request, await request.read(), instance)
+        block = request_block(request, (await self._intake.read(request),), instance)
         exchange: Exchange | None = None
         try:
             async with asyncio.timeout_at(deadline):
@@ -135,8 +134,8 @@ class Proxy:
         self, request: web.Request, call: Call, arrived: float, deadline: float
     ) -> web.StreamResponse:
         """Try instances until one has begun to answer."""
-        rid = call.rid or (new_rid() if call.nameable else "")
-        excluded: set[str] = set()
+        rid = call.name()
+        excluded: set[str] = set(call.avoid)
         failure: AttemptFailed | None = None
         for _ in range(self._config.max_retries + 1):
             try:
@@ -182,7 +181,7 @@ class Proxy:
         decode: Exchange | None = None
         try:
             async with asyncio.timeout_at(deadline):
-                fields = {"rid": rid} if rid and not call.named else {}
+                fields = call.naming(rid)
                 if seat.prefill is None:
                     decode = await self._send(request, call.with_fields(fields), seat.decode)
                     head = await self._opened(decode, seat.decode)
@@ -198,6 +197,8 @@ class Proxy:
                     return web.Response(
                         body=merged, status=head.status, content_type="application/json"
                     )
+            if call.path == RESPONSES and head.status < 400:
+                self._intake.affinity.note(rid, seat.decode)
             self._metrics.first_byte.observe(time.monotonic() - arrived)
             if prefill is not None:
                 self._dispatcher.prefilled(seat)
@@ -221,7 +222,9 @@ class Proxy:
             )
         return call.bootstrap(prefill.endpoint.host, prefill.bootstrap_port)
 
-    async def _send(self, request: web.Request, body: bytes, instance: Instance) -> Exchange:
+    async def _send(
+        self, request: web.Request, body: tuple[bytes, ...], instance: Instance
+    ) -> Exchange:
         try:
             return await self._pool.send(
                 instance.endpoint,
@@ -262,9 +265,12 @@ class Proxy:
         return await self._opened(decode, d)
 
 
-def request_block(request: web.Request, body: bytes, instance: Instance) -> bytes:
+def request_block(
+    request: web.Request, body: tuple[bytes, ...], instance: Instance
+) -> tuple[bytes, ...]:
     """Return the request as it goes to an instance: the client's headers, this hop's framing."""
     endpoint = instance.endpoint
+    size = sum(map(len, body))
     lines = [
         f"{request.method} {request.raw_path} HTTP/1.1".encode("latin-1"),
         b"Host: " + endpoint.url.partition("://")[2].encode("latin-1"),
@@ -274,9 +280,13 @@ def request_block(request: web.Request, body: bytes, instance: Instance) -> byte
         for name, value in request.raw_headers
         if name.lower() not in _NOT_FORWARDED
     ]
-    if body or request.method not in ("GET", "HEAD"):
-        lines.append(b"Content-Length: %d" % len(body))
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+    if (authorization := request.get(AUTHORIZATION)) is not None:
+        lines = [line for line in lines if not line.lower().startswith(b"authorization:")]
+        lines += [b"Authorization: " + authorization] if authorization else []
+    if size or request.method not in ("GET", "HEAD"):
+        lines.append(b"Content-Length: %d" % size)
+    head = b"\r\n".join(lines) + b"\r\n\r\n"
+    return (head + body[0], *body[1:])
 
 
 async def _refused(exchange: Exchange, instance: Instance, head: ResponseHead) -> AttemptFailed:

@@ -9,8 +9,10 @@ from typing import Final
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
+from sglang_star_router import early
+from sglang_star_router.closing import CUT
 from sglang_star_router.framing import ResponseHead
-from sglang_star_router.replies import sse_error
+from sglang_star_router.replies import openai_error, sse_error
 from sglang_star_router.upstream import Exchange, UpstreamLost
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class Relayed(web.StreamResponse):
 class _Client:
     """Writes to the client and holds the instance back while the client does not keep up."""
 
-    __slots__ = ("_draining", "_exchange", "_pending", "_request", "_transport", "last")
+    __slots__ = ("_draining", "_exchange", "_pending", "_request", "_transport", "last", "path")
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class _Client:
         head: bytes,
     ) -> None:
         self._request = request
+        self.path = request.path
         self._transport = transport
         self._exchange = exchange
         self._pending = head
@@ -103,10 +106,15 @@ async def relay(
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client closed the connection")
+    begun = early.stop(request)
+    if begun is not None and not early.continues(head):
+        return await _as_event(begun, exchange, head)
     old_client = request.version < (1, 1)
     keep_alive = request.keep_alive and not old_client
     response = Relayed(head.status, keep_alive and (head.chunked or head.length is not None))
-    client = _Client(request, transport, exchange, _head_bytes(head, old_client, response.stays))
+    extra = request.get(early.EXTRA_HEAD, b"")
+    out = _head_bytes(head, old_client, response.stays, extra) if begun is None else b""
+    client = _Client(request, transport, exchange, out)
     exchange.relay(client)
     try:
         async with asyncio.timeout_at(deadline):
@@ -120,16 +128,31 @@ async def relay(
         _end_badly(
             client, transport, exchange, head, response, "not finished within the time limit"
         )
+    except asyncio.CancelledError:
+        if request.app[CUT]:
+            _end_badly(client, transport, exchange, head, response, "the router shuts down")
+        raise
     return response
 
 
-def _head_bytes(head: ResponseHead, old_client: bool, stays: bool) -> bytes:
+async def _as_event(begun: early.Early, exchange: Exchange, head: ResponseHead) -> Relayed:
+    """Tell what is no stream of events to a client whose stream has begun."""
+    response = Relayed(head.status, begun.stays)
+    try:
+        begun.end(await exchange.collect())
+    except UpstreamLost as error:
+        response.lost = True
+        begun.end(openai_error(error.message, 502, "upstream_error"))
+    return response
+
+
+def _head_bytes(head: ResponseHead, old_client: bool, stays: bool, extra: bytes) -> bytes:
     lines = head.lines
     if old_client and head.chunked:
         lines = tuple(line for line in lines if not line.lower().startswith(b"transfer-encoding"))
     if not stays:
         lines = (*lines, b"Connection: close")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
 
 
 def _end_badly(
@@ -151,7 +174,9 @@ def _end_badly(
         and scanner.at_boundary
     ):
         gap = b"" if client.last.endswith(b"\n\n\r\n") else b"\n\n"
-        event = gap + sse_error(f"the instance failed: {message}", 502, "upstream_error")
+        event = gap + sse_error(
+            f"the instance failed: {message}", 502, "upstream_error", client.path
+        )
         transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event))
         return
     # A truncated body must look truncated: whatever we appended could pass for the answer.

@@ -12,6 +12,7 @@ from sglang_star.errors import ConfigError, OrderRefused, PeerError, StarError, 
 from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.engine import EngineClient
 from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.intake import CONTROL_BYTES, Intake
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.policy.snapshot import MoveOrder
 from sglang_star_router.replies import json_reply, star_error
@@ -35,7 +36,9 @@ class StarApi:
         engine: EngineClient,
         dispatcher: Dispatcher,
         feed: StatusFeed,
+        intake: Intake,
     ) -> None:
+        self._intake = intake
         self._fleet = fleet
         self._ledger = ledger
         self._sender = sender
@@ -79,7 +82,7 @@ class StarApi:
     async def migrate(self, request: web.Request) -> web.Response:
         """Move one running request: ``{"rid", "target"}``."""
         try:
-            body = await _object(request)
+            body = await self._object(request)
             rid, target = _text(body, "rid"), _text(body, "target")
             source = self._fleet.holder(rid)
             if source is None:
@@ -98,7 +101,7 @@ class StarApi:
     async def drain(self, request: web.Request) -> web.Response:
         """Empty an instance: ``{"instance", "targets"?}``; targets default to all others."""
         try:
-            body = await _object(request)
+            body = await self._object(request)
             instance = self._instance(_text(body, "instance"))
             named = body.get("targets")
             if named is not None and not (
@@ -145,7 +148,7 @@ class StarApi:
     async def undrain(self, request: web.Request) -> web.Response:
         """Let an instance serve again: ``{"instance"}``."""
         try:
-            body = await _object(request)
+            body = await self._object(request)
             instance = self._instance(_text(body, "instance"))
             answer: Any = None
             if instance.advertisement is not None:
@@ -158,6 +161,15 @@ class StarApi:
         return json_reply({"instance": instance.name, "draining": False, "engine": answer})
 
     # ------------------------------------------------------------------ inside
+
+    async def _object(self, request: web.Request) -> dict[str, Any]:
+        try:
+            body = orjson.loads(await self._intake.read(request, CONTROL_BYTES))
+        except orjson.JSONDecodeError as error:
+            raise ConfigError(f"the body is not JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise ConfigError("the body must be a JSON object")
+        return body
 
     async def _order(self, instance: Instance, path: str, payload: dict[str, Any]) -> Any:
         status, answer = await self._engine.json(instance, "POST", path, payload)
@@ -180,16 +192,6 @@ class NoSuchInstance(ConfigError):
     """An operator named an instance the router does not have."""
 
     status = 404
-
-
-async def _object(request: web.Request) -> dict[str, Any]:
-    try:
-        body = orjson.loads(await request.read())
-    except orjson.JSONDecodeError as error:
-        raise ConfigError(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise ConfigError("the body must be a JSON object")
-    return body
 
 
 def _text(body: dict[str, Any], name: str) -> str:

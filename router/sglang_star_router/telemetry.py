@@ -11,7 +11,7 @@ import zmq
 import zmq.asyncio
 
 from sglang_star.errors import PeerError, ProtocolError
-from sglang_star.fleet_key import Door
+from sglang_star.fleet_key import Access
 from sglang_star.protocol import InstanceStatus, decode
 from sglang_star_router.fleet import Fleet, Instance, Verdict
 
@@ -29,9 +29,9 @@ class StatusFeed:
         received: statuses taken in.
     """
 
-    def __init__(self, fleet: Fleet, suspect: Callable[[Instance], None], door: Door) -> None:
+    def __init__(self, fleet: Fleet, suspect: Callable[[Instance], None], access: Access) -> None:
         """``suspect`` is called when an instance speaks as another incarnation."""
-        self._door = door
+        self._access = access
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.received = 0
         self._fleet = fleet
@@ -71,7 +71,7 @@ class StatusFeed:
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
             socket.subscribe(b"")
             try:
-                self._door.connect(socket, address)
+                self._access.connect(socket, address)
             except (PeerError, zmq.ZMQError) as error:
                 self._drop(instance, "address", f"cannot subscribe to {address!r}: {error}")
                 return

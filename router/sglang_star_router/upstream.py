@@ -11,7 +11,7 @@ import asyncio
 import ssl
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 from sglang_star.errors import PeerError
@@ -243,11 +243,11 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._used = False
 
-    def send(self, block: bytes, *, unframe: bool, bodiless: bool) -> Exchange:
-        """Send one request, head and body."""
+    def send(self, block: Sequence[bytes], *, unframe: bool, bodiless: bool) -> Exchange:
+        """Send one request, head and body in pieces."""
         self._exchange = Exchange(self, unframe=unframe, bodiless=bodiless, fresh=not self._used)
         self._used = True
-        self.transport.write(block)
+        self.transport.writelines(block)
         return self._exchange
 
     @property
@@ -289,19 +289,26 @@ class Connection(asyncio.Protocol):
 class Pool:
     """Idle connections by instance, the most recently used first."""
 
-    def __init__(self, connect_timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, connect_timeout_s: float = 5.0, *, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
         self._connect_timeout_s = connect_timeout_s
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
         self._all: set[Connection] = set()
 
     async def send(
-        self, endpoint: Endpoint, block: bytes, *, unframe: bool = False, bodiless: bool = False
+        self,
+        endpoint: Endpoint,
+        block: Sequence[bytes],
+        *,
+        unframe: bool = False,
+        bodiless: bool = False,
     ) -> Exchange:
         """Send a request on a kept or a new connection.
 
         Args:
-            block: head and body.
+            block: head and body, in pieces.
             unframe: hand on the response body without its chunked framing.
             bodiless: it is a HEAD request.
 

@@ -26,6 +26,13 @@ from sglang_star.protocol import (
 )
 from sglang_star_router.app import Router
 from sglang_star_router.config import Endpoint, Member, RouterConfig
+from sglang_star_router.listener import Listener
+
+GENERATION = (
+    "/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
+    "/invocations", "/api/chat", "/api/generate", "/vertex_generate",
+)  # fmt: skip
+"""Paths that :class:`FakeEngine` generates at."""
 
 WAIT_S = 180.0
 """Longest time a test waits for something that must happen; only what hangs takes so long."""
@@ -73,11 +80,14 @@ class FakeEngine:
     stall: bool = False
     reply_status: int = 200
     reply_body: bytes | None = None
+    location: str = ""
     health_status: int = 200
+    stored: set[str] = field(default_factory=set)
     migrate_reply: Callable[[dict[str, Any]], tuple[int, Any]] | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    order_keys: list[str] = field(default_factory=list)
     orders: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     others: list[tuple[str, str, bytes]] = field(default_factory=list)
     disconnects: int = 0
@@ -101,9 +111,11 @@ class FakeEngine:
         self.context = zmq.asyncio.Context()
         self.pub = self.context.socket(zmq.PUB)
         self.pub_port = self.pub.bind_to_random_port("tcp://127.0.0.1")
-        app = web.Application()
-        for path in ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"):
+        app = web.Application(client_max_size=2**30)
+        for path in GENERATION:
             app.router.add_post(path, self.generate)
+        app.router.add_get("/v1/responses/{name}", self.stored_response)
+        app.router.add_post("/v1/responses/{name}/cancel", self.stored_response)
         app.router.add_get("/health", self.health)
         app.router.add_get("/server_info", self.server_info)
         app.router.add_post("/star/{what}", self.star_order)
@@ -149,9 +161,12 @@ class FakeEngine:
             await asyncio.Event().wait()
         if self.reply_status != 200 or not self.requests[-1].get("stream"):
             body = self.reply_body or b'{"text": "hello",  "meta_info": {}}'
-            return web.Response(
+            answer = web.Response(
                 body=body, status=self.reply_status, content_type="application/json"
             )
+            if self.location:
+                answer.headers["Location"] = self.location
+            return answer
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": self.name}
         )
@@ -167,6 +182,13 @@ class FakeEngine:
             await asyncio.sleep(0)
         return response
 
+    async def stored_response(self, request: web.Request) -> web.Response:
+        """Of the Responses API: 404 unless this engine stored it."""
+        name = request.match_info["name"]
+        self.others.append((request.method, request.raw_path, b""))
+        known = name in self.stored
+        return web.json_response({"id": name, "engine": self.name}, status=200 if known else 404)
+
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=self.health_status)
 
@@ -175,6 +197,8 @@ class FakeEngine:
             "max_req_input_len": 4000,
             "max_total_num_tokens": 10_000,
             "tokenizer_path": "fake",
+            "admin_api_key": "secret",
+            "launch_command": "python -m sglang.launch_server --api-key secret",
             "internal_states": [{}],
             "disaggregation_bootstrap_port": 9123,
         }
@@ -200,6 +224,7 @@ class FakeEngine:
         body = orjson.loads(await request.read() or b"{}")
         what = request.match_info["what"]
         self.orders.append((what, body))
+        self.order_keys.append(request.headers.get("Authorization", ""))
         if what == "migrate" and self.migrate_reply is not None:
             status, answer = self.migrate_reply(body)
             return web.json_response(answer, status=status)
@@ -321,23 +346,17 @@ async def fleet(
             await engine.start()
     members = tuple(member(engine) for engine in engines)
     router = Router(RouterConfig(members=members, **(settings | config)), **(policies or {}))
-    runner = web.AppRunner(
-        router.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.2
-    )
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
-    await site.start()
-    assert site._server is not None
-    port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+    listener = Listener(router, "127.0.0.1", 0)
+    await listener.start()
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-    running = Fleet(router, list(engines), f"http://127.0.0.1:{port}", session)
+    running = Fleet(router, list(engines), listener.url, session)
     try:
         if start:
             await running.until_healthy()
         yield running
     finally:
         await session.close()
-        await runner.cleanup()
+        await listener.close()
         for engine in engines:
             with contextlib.suppress(Exception):
                 await engine.stop()

@@ -118,7 +118,10 @@ NOT_SGLANG = {
 }
 """Uses that mean something else, or that another class's row covers."""
 
-FOREIGN = {"sglang.srt.entrypoints.http_server.app.include_router"}
+FOREIGN = {
+    "sglang.srt.entrypoints.http_server.app.add_api_route",
+    "sglang.srt.entrypoints.http_server.app.add_middleware",
+}
 """Members of what SGLang has from others: its app is FastAPI's."""
 
 

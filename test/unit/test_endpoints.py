@@ -51,7 +51,7 @@ async def instance(folder: Path) -> AsyncIterator[tuple[httpx.AsyncClient, list[
             )
 
     app = FastAPI()
-    app.include_router(Endpoints(OrderClient(address), None).router())
+    Endpoints(OrderClient(address)).join(app, lambda handler: handler)
     obeying = asyncio.create_task(obey())
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://star.invalid") as client:
@@ -61,8 +61,11 @@ async def instance(folder: Path) -> AsyncIterator[tuple[httpx.AsyncClient, list[
 
 
 @contextlib.asynccontextmanager
-async def target() -> AsyncIterator[str]:
-    """Another instance, as far as it is asked who it is: its base URL."""
+async def target(seen: list[dict[str, str]] | None = None) -> AsyncIterator[str]:
+    """Another instance, as far as it is asked who it is: its base URL.
+
+    ``seen`` gets the headers of every request; at ``/elsewhere`` it sends one on to itself.
+    """
     star = Advertisement(
         protocol_version=PROTOCOL_VERSION, star_version="0", instance_id="decode-1", incarnation=7,
         role="decode", status_address="", migration_address="tcp://127.0.0.1:4000",
@@ -70,10 +73,16 @@ async def target() -> AsyncIterator[str]:
     )  # fmt: skip
 
     async def server_info(request: web.Request) -> web.Response:
+        if seen is not None:
+            seen.append(dict(request.headers))
         return web.json_response({"star": msgspec.structs.asdict(star)})
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        raise web.HTTPTemporaryRedirect("/server_info")
 
     app = web.Application()
     app.router.add_get("/server_info", server_info)
+    app.router.add_get("/elsewhere/server_info", elsewhere)
     runner = web.AppRunner(app)
     await runner.setup()
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -114,6 +123,25 @@ def test_a_target_known_by_its_url_alone_is_asked(tmp_path: Path) -> None:
             answer = await client.post("/star/migrate", json={"rid": "r", "target": NOBODY})
             assert answer.status_code == 503
             assert "does not answer" in answer.json()["error"]["message"]
+
+    asyncio.run(check())
+
+
+def test_no_key_goes_to_an_address_in_an_order(tmp_path: Path) -> None:
+    async def check() -> None:
+        seen: list[dict[str, str]] = []
+        async with instance(tmp_path) as (client, _), target(seen) as url:
+            client.headers["Authorization"] = "Bearer secret"
+            body = {"rid": "r", "target": url}
+            assert (await client.post("/star/migrate", json=body)).status_code == 202
+            assert (await client.post("/star/drain", json={"targets": [url]})).status_code == 202
+            assert len(seen) == 2
+            assert not any("Authorization" in headers for headers in seen)
+            # Nor does the one who is asked choose who is asked next.
+            body["target"] = url + "/elsewhere"
+            answer = await client.post("/star/migrate", json=body)
+            assert answer.status_code == 503, answer.text
+            assert len(seen) == 2
 
     asyncio.run(check())
 

@@ -13,7 +13,7 @@ import zmq
 from sglang_star import keys_command
 from sglang_star.config import StarConfig
 from sglang_star.errors import ConfigError, PeerError
-from sglang_star.fleet_key import Door, FleetKey, Unlocked, create, is_loopback
+from sglang_star.fleet_key import Access, FleetKey, Unlocked, create, is_loopback
 from sglang_star.migration.links import Links
 from sglang_star.migration.post import PeerLost
 from sglang_star.protocol import Peer, Release, Route, encode
@@ -34,7 +34,7 @@ def key_file(tmp_path: Path) -> Path:
 def make() -> Iterator[Callable[..., Links]]:
     opened: list[Links] = []
 
-    def build(name: str, door: Door) -> Links:
+    def build(name: str, access: Access) -> Links:
         links = Links(
             name,
             1,
@@ -45,7 +45,7 @@ def make() -> Iterator[Callable[..., Links]]:
             heartbeat_s=0.05,
             timeout_s=HANGS_S,
             stuck_s=HANGS_S,
-            door=door,
+            access=access,
         )
         opened.append(links)
         return links

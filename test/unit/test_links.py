@@ -47,7 +47,7 @@ def make() -> Iterator[Callable[..., Links]]:
                 "heartbeat_s": BEAT_S,
                 "timeout_s": TIMEOUT_S,
                 "stuck_s": HANGS_S,
-                "door": Unlocked(),
+                "access": Unlocked(),
                 **options,
             },
         )

@@ -26,7 +26,7 @@ from sglang_star.fleet_key import Unlocked
 from sglang_star.migration.links import Links
 
 segment, held = owned.make_file(sys.argv[2], "star-kv-")
-links = Links("a", 1, host="127.0.0.1", advertise_host="127.0.0.1", door=Unlocked(),
+links = Links("a", 1, host="127.0.0.1", advertise_host="127.0.0.1", access=Unlocked(),
               migration_port=0, status_port=0, heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0)
 print(segment, links.order_address.removeprefix("ipc://").removesuffix("/orders"), flush=True)
 sys.stdin.read()
@@ -35,7 +35,7 @@ sys.stdin.read()
 
 def links() -> Links:
     return Links(
-        "b", 1, host="127.0.0.1", advertise_host="127.0.0.1", door=Unlocked(), migration_port=0,
+        "b", 1, host="127.0.0.1", advertise_host="127.0.0.1", access=Unlocked(), migration_port=0,
         status_port=0, heartbeat_s=1.0, timeout_s=10.0, stuck_s=60.0,
     )  # fmt: skip
 

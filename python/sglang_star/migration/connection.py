@@ -9,7 +9,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from sglang_star.errors import PeerError
-from sglang_star.fleet_key import Door
+from sglang_star.fleet_key import Access
 
 SEND_HIGH_WATER_MARK: Final = 100_000
 GONE_S: Final = 1.0
@@ -24,7 +24,7 @@ class Connection:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         address: str,
-        door: Door,
+        access: Access,
     ) -> None:
         """Begin to connect.
 
@@ -38,7 +38,7 @@ class Connection:
         # An attempt that fails ends in CLOSED without ever having been CONNECTED.
         self._events: Any = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
         try:
-            door.connect(self._socket, address)
+            access.connect(self._socket, address)
         except (PeerError, zmq.ZMQError) as error:
             self.close()
             raise PeerError(f"cannot connect to {address}: {error}") from error

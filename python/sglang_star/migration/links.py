@@ -28,7 +28,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from sglang_star import owned
 from sglang_star.errors import ConfigError, PeerError, ProtocolError
-from sglang_star.fleet_key import Door
+from sglang_star.fleet_key import Access
 from sglang_star.migration.connection import Connection
 from sglang_star.migration.mailbox import MAX_WAITING, Mailbox, OrderEnvelope, Wake
 from sglang_star.migration.post import PeerLost
@@ -74,15 +74,15 @@ class Links:
         heartbeat_s: float,
         timeout_s: float,
         stuck_s: float,
-        door: Door,
+        access: Access,
     ) -> None:
         self.mail = Mailbox()
         self.dropped: Counter[str] = Counter()
         self._heartbeat_s = heartbeat_s
         self._timeout_s = timeout_s
         self._context = zmq.Context(io_threads=1)
-        self._door = door
-        self._guard = door.guard(self._context)
+        self._access = access
+        self._guard = access.guard(self._context)
         self._refusals: list[zmq.Socket[Any]] = []
         self._outbox: deque[tuple[str | bytes, bytes]] = deque()
         self._outbox_wake = Wake()
@@ -98,9 +98,9 @@ class Links:
         self.peer = Peer(
             instance_id=instance_id,
             incarnation=incarnation,
-            address=door.advertise(f"tcp://{advertise_host}:{port}"),
+            address=access.advertise(f"tcp://{advertise_host}:{port}"),
         )
-        self.status_address = door.advertise(f"tcp://{advertise_host}:{publish_port}")
+        self.status_address = access.advertise(f"tcp://{advertise_host}:{publish_port}")
         # Only this user may give orders: the socket lies in a folder of mode 0700.
         owned.sweep(tempfile.gettempdir(), FOLDER_PREFIX)
         self._folder, self._folder_lock = owned.make_folder(tempfile.gettempdir(), FOLDER_PREFIX)
@@ -122,7 +122,7 @@ class Links:
     def _bind(self, kind: int, host: str, port: int, flag: str) -> tuple[zmq.Socket[bytes], int]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
-        self._door.serve(socket)
+        self._access.serve(socket)
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._refusals.append(socket.get_monitor_socket(sum(REFUSED)))
         try:
@@ -227,7 +227,7 @@ class Links:
     def _connect(self, address: str) -> Connection:
         connection = self._connections.get(address)
         if connection is None:
-            connection = Connection(self._context, address, self._door)
+            connection = Connection(self._context, address, self._access)
             self._connections[address] = connection
         return connection
 

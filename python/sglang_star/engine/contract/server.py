@@ -23,6 +23,12 @@ ROWS: Final[tuple[Row, ...]] = (
         "sglang.srt.managers.detokenizer_manager", "imported before a fork", "platform.preloaded"
     ),
     Name("sglang.srt.entrypoints.http_server.app", "our routes join it", "endpoints"),
+    Attribute(
+        "sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL", "which key our routes need", "endpoints"
+    ),
+    Function(
+        "sglang.srt.utils.auth.auth_level", "which key our routes need", "endpoints", takes="level"
+    ),
     # Arguments, most of them as flags.
     Class(_ARGS, "our configuration rides on it as _star_config", "launch predictor.collect"),
     Function(
@@ -35,7 +41,6 @@ ROWS: Final[tuple[Row, ...]] = (
     Field(_ARGS + ".attention_backend", "plain torch, where SGLang has no kernels", "launch"),
     Field(_ARGS + ".host", "an instance's name", "front cluster_layout"),
     Field(_ARGS + ".port", "an instance's name", "front cluster_layout"),
-    Field(_ARGS + ".api_key", "orders between instances carry it", "endpoints"),
     Field(_ARGS + ".random_seed", "a flag of a cluster's engines", _LAYOUT),
     Field(_ARGS + ".grammar_backend", "part of the fingerprint", "identity"),
     Field(_ARGS + ".enable_dp_attention", "part of the fingerprint", "identity"),

@@ -1,0 +1,208 @@
+"""Taking requests in: within limits of size, time and memory, and only what can be served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from sglang_star_router.affinity import Affinity
+from sglang_star_router.calls import Call
+from sglang_star_router.closing import Closing
+from sglang_star_router.config import RouterConfig
+from sglang_star_router.dispatch import Dispatcher
+from sglang_star_router.early import Early
+from sglang_star_router.gate import Gate
+from sglang_star_router.paths import PATHS
+from sglang_star_router.reader import BodyReader
+from sglang_star_router.replies import Rejected
+
+PIECE: Final = 256 * 1024
+"""Bytes of a body kept in one piece: what a client sends byte by byte is not kept so."""
+CONTROL_BYTES: Final = 1024 * 1024
+"""Largest body of a request to the router's own endpoints."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    pieces: list[bytes] = field(default_factory=list)
+    charged: int = 0
+
+
+class Intake:
+    """Reads bodies and turns them into calls.
+
+    Attributes:
+        buffered: bytes of bodies that are kept now.
+    """
+
+    def __init__(
+        self, config: RouterConfig, dispatcher: Dispatcher, affinity: Affinity, closing: Closing
+    ) -> None:
+        self.affinity = affinity
+        self.buffered = 0
+        self.reader = BodyReader()
+        self.gate = Gate(
+            config.max_concurrent_requests,
+            config.rate_limit,
+            queue_size=config.queue_size,
+            queue_timeout_s=config.queue_timeout,
+        )
+        self._closing = closing
+        self._config = config
+        self._dispatcher = dispatcher
+
+    @asynccontextmanager
+    async def admit(self, request: web.Request) -> AsyncIterator[Call]:
+        """Take a generation request in; what it holds is given back at the end.
+
+        Raises:
+            Rejected: it cannot be served, or breaks a limit.
+        """
+        if self._closing.begun:
+            raise Rejected(
+                "the router is shutting down", status=503, kind="service_unavailable",
+                retry_after_s=1, close=True,
+            )  # fmt: skip
+        kind = PATHS[request.path]
+        if self._config.disaggregated and not kind.paired:
+            raise _unpaired(f"{request.path} cannot be served")
+        # Whatever it is, it would be refused: say so before the client sends all of it.
+        self._dispatcher.refuse_if_full()
+        async with self.body(request) as body, self.gate.inside():
+            call = await self.reader.call(request.path, body)
+            if call is None:
+                raise Rejected(
+                    "the body is not a JSON object", status=400, kind="invalid_request_error"
+                )
+            call = await self._placed(call)
+            early = Early(request, self._config.sse_keepalive)
+            if call.streams and not kind.streams:
+                early.start()
+            try:
+                yield call
+            finally:
+                early.stop()
+
+    @asynccontextmanager
+    async def body(
+        self, request: web.Request, limit: int | None = None
+    ) -> AsyncIterator[tuple[bytes, ...]]:
+        """Read a body, in pieces, and count it as kept until the end.
+
+        Args:
+            limit: bytes; the configured one if None.
+
+        Raises:
+            Rejected: it is too large, too slow, or one too many.
+        """
+        kept = _Kept()
+        try:
+            async with asyncio.timeout(self._config.body_timeout):
+                await self._fill(kept, request, limit or self._config.max_payload_bytes)
+        except TimeoutError:
+            self.buffered -= kept.charged
+            raise _too_slow(self._config.body_timeout) from None
+        except (HttpProcessingError, web.RequestPayloadError) as error:
+            self.buffered -= kept.charged
+            raise Rejected(
+                f"the body cannot be read: {error}", status=400, kind="invalid_request_error",
+                close=True,
+            ) from None  # fmt: skip
+        except BaseException:
+            self.buffered -= kept.charged
+            raise
+        try:
+            yield tuple(kept.pieces)
+        finally:
+            self.buffered -= kept.charged
+
+    async def _fill(self, kept: _Kept, request: web.Request, limit: int) -> None:
+        declared = request.content_length or 0
+        size, tail = 0, bytearray()
+        while True:
+            if max(size, declared) > limit:
+                raise _too_large(limit)
+            due = max(0, max(size, declared) - kept.charged)
+            if self.buffered + due > self._config.max_buffered_bytes:
+                raise _too_many(self.buffered)
+            kept.charged += due
+            self.buffered += due
+            chunk = await request.content.readany()
+            if not chunk:
+                break
+            size += len(chunk)
+            tail += chunk
+            if len(tail) >= PIECE:
+                kept.pieces.append(bytes(tail))
+                tail.clear()
+        if tail or not kept.pieces:
+            kept.pieces.append(bytes(tail))
+
+    async def read(self, request: web.Request, limit: int | None = None) -> bytes:
+        """Read a small body whole.
+
+        Raises:
+            Rejected: as :meth:`body`.
+        """
+        async with self.body(request, limit) as pieces:
+            return b"".join(pieces)
+
+    async def _placed(self, call: Call) -> Call:
+        """Find out which instances cannot serve it.
+
+        Raises:
+            Rejected: none can.
+        """
+        if not call.previous and not call.background:
+            return call
+        if self._config.disaggregated:
+            raise _unpaired("a response that is stored, or goes on from one, cannot be served")
+        if not call.previous:
+            return call
+        return replace(call, avoid=await self.affinity.others(call.previous))
+
+
+def _unpaired(what: str) -> Rejected:
+    return Rejected(
+        f"{what} where prefill and decode are apart",
+        status=501,
+        kind="not_implemented_error",
+        hint="SGLang gives it no bootstrap room; ask a fleet of aggregated instances",
+    )
+
+
+def _too_large(limit: int) -> Rejected:
+    return Rejected(
+        f"the body is larger than {limit} bytes",
+        status=413,
+        kind="invalid_request_error",
+        hint="an operator can raise --max-payload-size",
+        close=True,
+    )
+
+
+def _too_slow(limit_s: float) -> Rejected:
+    return Rejected(
+        f"the body did not come within {limit_s:g} s",
+        status=408,
+        kind="timeout_error",
+        hint="an operator can raise --client-body-timeout-secs",
+        close=True,
+    )
+
+
+def _too_many(buffered: int) -> Rejected:
+    return Rejected(
+        f"the router keeps {buffered} bytes of requests already",
+        status=503,
+        kind="service_unavailable",
+        retry_after_s=1,
+        hint="an operator can raise --max-buffered-size",
+        close=True,
+    )
