@@ -16,6 +16,8 @@ from sglang_star_bench.engines import Stream
 
 COMPANION_TOKENS: Final = 32
 """Prompts of the requests that keep moving ones company."""
+SHORTEST: Final = 500
+"""Output tokens of a stream, so that a slow move fits into it."""
 BEFORE: Final = 16
 """Gaps before a move whose median is the client's step time."""
 
@@ -46,7 +48,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Output of a moved request: ``gap`` tokens per move and as many for its delays."""
-        return min(self.longest, self.gap * (2 * -(-self.moves // self.at_once) + 2))
+        wanted = self.gap * (2 * -(-self.moves // self.at_once) + 2)
+        return min(self.longest, max(SHORTEST, wanted))
 
     @property
     def companion_tokens(self) -> int:
