@@ -17,6 +17,8 @@ from sglang_star_bench.migration_reports import Reports, following
 from sglang_star_bench.migration_stalls import COMPANION_TOKENS, Outcome, Plan, Round
 
 IDLE_TIMEOUT_S: Final = 60.0
+SETTLED: Final = 48
+"""Tokens before the first move."""
 MARGIN: Final = 1.5
 """A stream moves again only if it has tokens left for so many times the longest move so far."""
 
@@ -101,7 +103,8 @@ class Course:
             for stream, body, rid in zip(self._made.moved, bodies, self._rids, strict=True)
         ]
         try:
-            await self._tokens(1, readers)
+            # The engines' mean step must have forgotten the prefill.
+            await self._tokens(min(SETTLED, self._plan.tokens // 8), readers)
             self._made.began = time.time()
             while moves > 0 and await self._gap(readers):
                 moves -= await self._order(min(moves, len(readers)))
