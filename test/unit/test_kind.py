@@ -89,8 +89,7 @@ def reserve(kind: str, weights: str = "default@1234") -> Reserve:
         max_new_tokens=1,
         moves=0,
         reason="test",
-        transport="shm",
-        transport_setup=b"",
+        offers=(),
     )
 
 
