@@ -149,8 +149,4 @@ class Front:
         if pairs == self._watched:
             return
         self._watched = pairs
-        peers: dict[str, tuple[Peer, frozenset[str]]] = {}
-        for peer, stream in pairs:
-            known = peers.get(peer.address, (peer, frozenset()))[1]
-            peers[peer.address] = (peer, known | {stream})
-        self.links.watch(peers)
+        self.links.watch(pairs)

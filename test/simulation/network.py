@@ -151,16 +151,16 @@ class Link:
         if pairs == self._watched:
             return
         self._watched = pairs
-        peers: dict[str, tuple[Peer, frozenset[str]]] = {}
-        # In an order of its own: a set of names has another one in every process.
-        for peer, stream in sorted(pairs, key=lambda pair: (pair[0].address, pair[1])):
-            known = peers.get(peer.address, (peer, frozenset()))[1]
-            peers[peer.address] = (peer, known | {stream})
-        self._watch.set(peers, self._world.clock.now)
-        if peers and not self._beating:
+        for former in self._watch.set(pairs, self._world.clock.now):
+            # By way of the mailbox: the node is in the middle of a step boundary.
+            self._world.clock.after(0.0, self._gone_for_sure, former)
+        if pairs and not self._beating:
             self._beating = True
             self._next_beat = max(self._next_beat, self._world.clock.now)
             self._world.clock.at(self._next_beat, self._beat)
+
+    def _gone_for_sure(self, former: Peer) -> None:
+        self._node.arrived(PeerLost(former, "it has restarted"), urgent=False)
 
     def _beat(self) -> None:
         node, now = self._node, self._world.clock.now

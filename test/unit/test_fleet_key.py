@@ -143,7 +143,7 @@ def test_nothing_is_sent_to_who_is_no_member(
         make("c", other),
     )
     for victim in (open_one, foreign):
-        member.watch({victim.peer.address: (victim.peer, frozenset({"s"}))})
+        member.watch([(victim.peer, "s")])
         member.send(victim.peer, GREETING)
         lost: list[object] = []
         until(lambda lost=lost: lost.append(member.mail.take()) or isinstance(lost[-1], PeerLost))

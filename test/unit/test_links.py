@@ -113,7 +113,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def watch(links: Links, *peers: Peer) -> None:
-    links.watch({peer.address: (peer, frozenset({"s"})) for peer in peers})
+    links.watch([(peer, "s") for peer in peers])
 
 
 class Mute:
@@ -253,15 +253,15 @@ def test_a_stuck_scheduler_is_given_up_though_its_process_goes_on(
 ) -> None:
     a, b = make("a"), make("b", stuck_s=0.0)
     b.pulse.beat(time.monotonic() + HANGS_S)
-    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
-    b.watch({a.peer.address: (a.peer, frozenset({"s"}))})
+    a.watch([(b.peer, "s")])
+    b.watch([(a.peer, "s")])
     wait_for(a, Heartbeat)
     b.pulse.beat(time.monotonic() - 1.0)
     # On a busy machine it may have been given up before, for another silence.
     deadline = time.monotonic() + HANGS_S
     while "step boundary" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.01)
-    a.watch({b.peer.address: (b.peer, frozenset({"s"}))})
+    a.watch([(b.peer, "s")])
     lost = wait_for(a, PeerLost)
     assert (lost.peer, "silent" in lost.why) == (b.peer, True)
 
@@ -319,3 +319,11 @@ def test_a_taken_port_names_the_flag(make: Callable[..., Links]) -> None:
     with pytest.raises(ConfigError, match="cannot bind") as caught:
         make("b", migration_port=port)
     assert "--star-migration-port" in caught.value.hint
+
+
+def test_of_two_processes_at_one_address_the_former_is_gone(make: Callable[..., Links]) -> None:
+    links = make("a")
+    new = make("b", 2).peer
+    old = Peer(instance_id="b", incarnation=1, address=new.address)
+    links.watch([(old, "s"), (new, "t")])
+    assert wait_for(links, PeerLost) == PeerLost(old, "it has restarted")

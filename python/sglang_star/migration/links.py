@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from typing import Any
 
 import zmq
@@ -164,9 +165,10 @@ class Links:
         else:
             self.dropped["outbox full"] += 1
 
-    def watch(self, peers: dict[str, tuple[Peer, frozenset[str]]]) -> None:
-        """Set the peers to exchange heartbeats with: address -> (peer, live stream ids)."""
-        self._watch.set(peers, time.monotonic())
+    def watch(self, pairs: Collection[tuple[Peer, str]]) -> None:
+        """Set whom to exchange heartbeats with: peers, each with a stream that is the reason."""
+        for former in self._watch.set(pairs, time.monotonic()):
+            self._deliver(PeerLost(former, "it has restarted"))
         self._outbox_wake.set()
 
     def close(self) -> None:

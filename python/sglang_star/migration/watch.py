@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from sglang_star.protocol import Peer
@@ -39,8 +39,27 @@ class Watch:
         """Whether anybody is watched."""
         return bool(self._watched)
 
-    def set(self, peers: Mapping[str, tuple[Peer, frozenset[str]]], now: float) -> None:
-        """Watch exactly these; who was watched before keeps the time it was heard at."""
+    def set(self, pairs: Collection[tuple[Peer, str]], now: float) -> list[Peer]:
+        """Watch exactly these; who was watched before keeps the time it was heard at.
+
+        Args:
+            pairs: a peer, and a stream that connects us.
+            now: monotonic seconds.
+
+        Returns:
+            Those that are gone for sure: another process answers at their address since.
+        """
+        latest: dict[str, Peer] = {}
+        # In an order of its own: a set of names has another one in every process.
+        everyone = sorted(
+            {peer for peer, _ in pairs}, key=lambda one: (one.address, one.incarnation)
+        )
+        for peer in everyone:
+            latest[peer.address] = peer
+        peers: dict[str, tuple[Peer, frozenset[str]]] = {
+            address: (peer, frozenset(stream for other, stream in pairs if other == peer))
+            for address, peer in latest.items()
+        }
         with self._lock:
             before = self._watched
             self._watched = {
@@ -53,6 +72,7 @@ class Watch:
                 )
                 for address, (peer, live) in peers.items()
             }
+        return [peer for peer in everyone if latest[peer.address] != peer]
 
     def hear(self, sender: Peer, now: float) -> bool:
         """A heartbeat came; False if its sender is not watched."""
