@@ -146,13 +146,16 @@ def pair(
         # Over plain torch each chunk costs as much attention as the whole prompt.
         arguments += ["--chunked-prefill-size", "-1", "--mem-fraction-static", "0.5"]
     places = (*(machine.place for machine in network.machines), Place()) if network else ()
+    # Nobody else is on a network of our own, and what is measured is not to be encrypted.
+    open_to = ("--star-insecure",) if network else ()
     return ClusterSpec(
         model=str(tiny_model()) if args.model == TINY else args.model or str(default_model()),
         aggregated=2,
         predictor=PREDICTOR_OFF,
         paced=args.paced,
         max_total_tokens=max(0 if args.kv_bytes else 16384, *(plan.room for plan in plans)),
-        engine_arguments=(*arguments, *args.engine_args.split()),
+        engine_arguments=(*arguments, *open_to, *args.engine_args.split()),
+        router_arguments=open_to,
         places=places,
     )
 

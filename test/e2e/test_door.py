@@ -26,7 +26,11 @@ SERVED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "default", "messages": MESSAGES, "max_tokens": 4},
     "/invocations": {"model": "default", "messages": MESSAGES, "max_tokens": 4},
     "/v1/messages": {"model": "default", "messages": MESSAGES, "max_tokens": 4},
-    "/v1/responses": {"input": "Count to five.", "max_output_tokens": 4},
+    "/v1/responses": {
+        "model": str(tiny_model()),
+        "input": "Count to five.",
+        "max_output_tokens": 4,
+    },
 }
 
 

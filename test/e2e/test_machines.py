@@ -18,6 +18,7 @@ from e2e.fleet import Endless, Fleet, new_rid, until
 from e2e.test_identity import CASES, check
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.fleet_key import create
 from sglang_star.model import tiny_model
 from sglang_star_bench.machines import Machine, Network, unavailable
 from unit.tiny_head import head_for
@@ -47,6 +48,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if reason := unavailable():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("machines")
+    key_file = folder / "fleet.key"
+    create(key_file)
+    locked = ("--star-fleet-key", str(key_file))
     with Network(4, keep=[folder]) as network:
         spec = ClusterSpec(
             model=str(tiny_model()),
@@ -58,12 +62,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             engine_arguments=(
                 *COMMON,
                 *TOOLS,
+                *locked,
                 *("--star-transport", "nixl"),
                 *("--star-max-moves", str(MOVES), "--star-move-deadline-s", "240"),
                 # A cut link is to be noticed, a busy machine is not.
                 *("--star-peer-timeout-s", "20"),
             ),
-            router_arguments=PATIENT_ROUTER,
+            router_arguments=(*PATIENT_ROUTER, *locked),
             places=tuple(machine.place for machine in network.machines),
         )
         with Cluster(spec, folder) as cluster:

@@ -18,6 +18,7 @@ from sglang_star.errors import OrderRefused  # noqa: E402
 from sglang_star.faults import Faults  # noqa: E402
 from sglang_star.migration.armed import ArmedOrders  # noqa: E402
 from sglang_star.migration.report import MoveLog  # noqa: E402
+from sglang_star.migration.transport.choice import Transports  # noqa: E402
 from sglang_star.protocol import DRAIN, Peer  # noqa: E402
 
 PEER = Peer(instance_id="d0", incarnation=1, address="tcp://127.0.0.1:1")
@@ -90,7 +91,14 @@ def reporter(scheduler: Any, free: int, monkeypatch: pytest.MonkeyPatch, *arrivi
         armed=ArmedOrders(),
     )
     return status.StatusReporter(
-        scheduler, engine, PEER, mover, status.StepTimer(), Faults(), {}
+        scheduler,
+        engine,
+        PEER,
+        mover,
+        status.StepTimer(),
+        Faults(),
+        {},
+        Transports((), lambda: 0.0),
     ).report()
 
 
