@@ -261,11 +261,7 @@ def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: 
                 code, order = await fleet.order(stream.rid, home, target, hold_after=0, peer=peer)
                 assert code == 202, order
                 async with paused(fleet, home, "retract"):
-                    [move] = [
-                        move
-                        for move in (await fleet.status(home))["recent_moves"]
-                        if move["migration_id"] == order["migration_id"]
-                    ]
+                    move = await fleet.report(order["migration_id"])
                     assert move["outcome"] == "cancelled", move
                     # No KV is held any more: the next is that of the new weights.
                     await call(fleet, home, "/flush_cache")

@@ -14,6 +14,7 @@ admission = pytest.importorskip("sglang_star.migration.admission")
 real = pytest.importorskip("sglang_star.engine.real")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
 
+from sglang_star.engine.clock import RealClock  # noqa: E402
 from sglang_star.errors import OrderRefused  # noqa: E402
 from sglang_star.faults import Faults  # noqa: E402
 from sglang_star.migration.armed import ArmedOrders  # noqa: E402
@@ -75,6 +76,7 @@ def engine_of(scheduler: Any, free: int) -> Any:
     """The real verbs over that scheduler, and over KV memory with so much room."""
     engine = real.SglangEngine.__new__(real.SglangEngine)
     engine._scheduler = scheduler
+    engine._clock = RealClock()
     engine.pages = SimpleNamespace(capacity=CAPACITY, free=free)  # type: ignore[assignment]
     engine.unsupported = ""
     return engine
@@ -90,15 +92,9 @@ def reporter(scheduler: Any, free: int, monkeypatch: pytest.MonkeyPatch, *arrivi
         log=MoveLog(engine),
         armed=ArmedOrders(),
     )
+    transports = Transports((), lambda: 0.0)
     return status.StatusReporter(
-        scheduler,
-        engine,
-        PEER,
-        mover,
-        status.StepTimer(),
-        Faults(),
-        {},
-        Transports((), lambda: 0.0),
+        scheduler, engine, PEER, mover, status.StepTimer(), Faults(), {}, transports
     ).report()
 
 
