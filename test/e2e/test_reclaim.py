@@ -242,6 +242,12 @@ def test_penalties_survive_a_retraction_into_host_memory(pair: Cluster) -> None:
     asyncio.run(scenario())
 
 
+async def told(fleet: Fleet, at: str, migration_id: str) -> dict[str, Any] | None:
+    """What one engine says of how a move ended."""
+    moves = (await fleet.status(at))["recent_moves"]
+    return next((dict(move) for move in moves if move["migration_id"] == migration_id), None)
+
+
 def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: Cluster) -> None:
     """As trainers do it: pause, change the weights, flush, go on; here while a request moves."""
 
@@ -261,7 +267,10 @@ def test_a_pause_that_computes_again_leaves_no_move_with_the_kv_of_before(pair: 
                 code, order = await fleet.order(stream.rid, home, target, hold_after=0, peer=peer)
                 assert code == 202, order
                 async with paused(fleet, home, "retract"):
-                    move = await fleet.report(order["migration_id"])
+                    # The target cannot be asked.
+                    move = await until(
+                        lambda: told(fleet, home, order["migration_id"]), "the move ends"
+                    )
                     assert move["outcome"] == "cancelled", move
                     # No KV is held any more: the next is that of the new weights.
                     await call(fleet, home, "/flush_cache")
