@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -25,6 +27,8 @@ from unit.tiny_head import head_for
 
 pytestmark = pytest.mark.e2e
 
+SOME = list(CASES)[::6]
+"""All of them take minutes, and are the same protocol that the other layouts run them with."""
 MOVES = 20
 FIRST = 8
 """Of them, those that have arrived when the link breaks."""
@@ -86,7 +90,7 @@ def test_nothing_is_shared(site: Site) -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES if "STAR_TEST_EVERYTHING" in os.environ else SOME)
 def test_moved_stream_equals_its_twin(site: Site, case: str) -> None:
     asyncio.run(check(site.cluster, CASES[case]))
 
@@ -121,10 +125,16 @@ async def order(fleet: Fleet, stream: Endless) -> str:
     return str(answer["migration_id"])
 
 
+async def arrives(fleet: Fleet, stream: Endless) -> bool:
+    """Whether it arrives at the other engine this time."""
+    report = await fleet.report(await order(fleet, stream))
+    return bool(report["outcome"] == "moved")
+
+
 async def half_way(fleet: Fleet, made: list[Endless]) -> list[str]:
     """Move the first requests, and begin to move the others over a slow link."""
-    arrived = [await order(fleet, stream) for stream in made[:FIRST]]
-    assert {report["outcome"] for report in await fleet.reports(arrived)} == {"moved"}
+    # Of a pair whose link was just mended the first reads may still fail.
+    await asyncio.gather(*(until(partial(arrives, fleet, one), "it moves") for one in made[:FIRST]))
     for stream in made[FIRST:]:
         await fleet.found(stream.rid)
     return [await order(fleet, stream) for stream in made[FIRST:]]
@@ -189,10 +199,6 @@ def test_a_cable_pulled_and_plugged_in_again_costs_no_stream(site: Site) -> None
                 site.network.hold("")
                 await fleet.reports(orders)
 
-                async def moves() -> bool:
-                    report = await fleet.report(await order(fleet, made[0]))
-                    return bool(report["outcome"] == "moved")
-
-                await until(moves, "a request moves again")
+                await until(partial(arrives, fleet, made[0]), "a request moves again")
 
     asyncio.run(scenario())
