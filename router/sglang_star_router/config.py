@@ -10,6 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sglang_star.errors import ConfigError
+from sglang_star_router import faults
+from sglang_star_router.faults import FaultLimits
 from sglang_star_router.policy.registry import DISPATCH_NAMES, RESCHEDULER_NAMES
 
 RESCHEDULER_CHOICES = ("off", *RESCHEDULER_NAMES)
@@ -88,16 +90,17 @@ class RouterConfig:
     status_stale: float = 3.0
     api_key: str | None = None
     request_timeout: float = 1800.0
+    health_check_endpoint: str = "/health"
     health_check_interval: float = 5.0
     health_check_timeout: float = 5.0
     health_failure_threshold: int = 3
     health_success_threshold: int = 1
     queue_size: int = 1024
     queue_timeout: float = 60.0
-    max_retries: int = 3
     max_payload_bytes: int = 512 * 1024 * 1024
     shutdown_grace: float = 10.0
     log_level: str = "info"
+    faults: FaultLimits = field(default_factory=FaultLimits)
 
     @property
     def disaggregated(self) -> bool:
@@ -138,7 +141,7 @@ class RouterConfig:
         for name in ("max_moves", "health_failure_threshold", "health_success_threshold"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("queue_size", "max_retries", "move_cooldown"):
+        for name in ("queue_size", "move_cooldown"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must not be negative")
 
@@ -197,7 +200,6 @@ def build_parser() -> argparse.ArgumentParser:
            type=str)  # fmt: skip
     option(server, "request_timeout", "Longest time one request may take.")
     option(server, "max_payload_bytes", "Largest request body, bytes.")
-    option(server, "max_retries", "Other instances tried when one fails before its first byte.")
     option(server, "shutdown_grace", "Time open streams get to end on SIGTERM.")
     option(server, "log_level", "Verbosity.", choices=LOG_LEVELS)
 
@@ -232,6 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     option(health, "health_check_timeout", "Longest time a check may take.")
     option(health, "health_failure_threshold", "Failed checks before an instance is excluded.")
     option(health, "health_success_threshold", "Passed checks before it is admitted again.")
+    faults.add_arguments(parser)
     return parser
 
 
@@ -257,7 +260,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
             "engines move KV by copying it; recomputing it at the target is for star simulate",
             hint="leave recompute_tokens_per_s out",
         )
-    return RouterConfig(members=members, **args)
+    return RouterConfig(members=members, faults=faults.take(args), **args)
 
 
 def _policy_name(text: str) -> str:

@@ -8,22 +8,32 @@ queue full, gets an honest refusal with ``Retry-After``.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
+from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from sglang_star_router.breaker import Trial
 from sglang_star_router.calls import Call
 from sglang_star_router.fleet import Dispatch, Fleet, Instance
 from sglang_star_router.policy.base import DispatchPolicy
 from sglang_star_router.policy.holding import retry_order
-from sglang_star_router.policy.snapshot import Arrival
+from sglang_star_router.policy.snapshot import Arrival, FleetSnapshot, Placement
+from sglang_star_router.policy.static import LeastTokens
 from sglang_star_router.replies import Rejected
 from sglang_star_router.snapshot import Snapshots
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_CHANGE_S = 0.005
 """Changes of the fleet are gathered for so long before held requests are tried again."""
 RETRY_ANYHOW_S = 0.1
 """They are tried again at least this often: a policy may also wait for time to pass."""
+RATE_SEATS = 32
+"""Held requests seated last, from which the queue's speed is told."""
+LONGEST_RETRY_AFTER_S = 60
 FAILURES = 4
 """Held requests in a row that find no room before the rest is left for the next change."""
 
@@ -35,11 +45,19 @@ class Seat:
     Attributes:
         decode: instance that streams to the client; prefill: its partner, None if aggregated.
         tickets: what the cluster counts until the attempt ends.
+        trials: what their breakers are to be told, by URL.
+        prompt_tokens: estimate.
     """
 
     decode: Instance
     prefill: Instance | None
+    prompt_tokens: int = 0
     tickets: list[tuple[Instance, Dispatch]] = field(default_factory=list)
+    trials: dict[str, Trial] = field(default_factory=dict)
+
+    def trial(self, instance: Instance) -> Trial:
+        """The trial of one of its instances."""
+        return self.trials[instance.endpoint.url]
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +74,7 @@ class Dispatcher:
     Attributes:
         sequence: arrivals seated so far; held: those that had to wait.
         refused: those sent away, by HTTP status.
+        policy_errors: decisions of a policy that failed, by its name; another one took them.
 
     Args:
         hold_deadline_s: how long a held request may wait and still be in time; later it yields
@@ -79,6 +98,7 @@ class Dispatcher:
         self.sequence = 0
         self.held = 0
         self.refused: dict[int, int] = {429: 0, 503: 0}
+        self.policy_errors: Counter[str] = Counter()
         self._fleet = fleet
         self._policy = decode_policy
         self._snapshots = decode_snapshots
@@ -90,6 +110,9 @@ class Dispatcher:
         self._hold_deadline_s = hold_deadline_s
         self._true_lengths = true_lengths
         self._timer: asyncio.TimerHandle | None = None
+        self._plain = LeastTokens()
+        self._said: set[str] = set()
+        self._left_at: deque[float] = deque(maxlen=RATE_SEATS)
         fleet.watch(self._on_change)
 
     @property
@@ -122,10 +145,21 @@ class Dispatcher:
         del seat.tickets[1:]
 
     def leave(self, seat: Seat) -> None:
-        """End an attempt."""
+        """End an attempt; what its instances were not told of it is not theirs to answer for."""
+        for trial in seat.trials.values():
+            if not trial.outcome:
+                trial.neutral("left")
         for instance, ticket in seat.tickets:
             self._fleet.ended(instance, ticket)
         seat.tickets.clear()
+
+    def others(self, instance: Instance, excluded: Collection[str]) -> set[str]:
+        """URLs of instances of the same role that could take what failed on ``instance``."""
+        return {
+            one.endpoint.url
+            for one in self._fleet.of_role(instance.role)
+            if one is not instance and one.healthy and not one.draining
+        } - set(excluded)
 
     # ------------------------------------------------------------------ one decision
 
@@ -154,12 +188,13 @@ class Dispatcher:
         if not any(one.healthy for one in candidates):
             raise self._refusal(503, _why_nobody(self._fleet.decoding()))
         snapshot = self._snapshots.for_arrival(excluded, held=len(self._queue))
-        placement = self._policy.place(snapshot, arrival, self.sequence)
+        placement = self._place(self._policy, snapshot, arrival)
         if placement.reject:
             raise self._refusal(429, "the fleet is saturated and cannot serve this in time")
         if placement.instance is None:
             return None
-        seat = Seat(self._named(placement.instance), self._partner(arrival, excluded))
+        partner = self._partner(arrival, excluded)
+        seat = Seat(self._named(placement.instance), partner, arrival.prompt_tokens)
         self.sequence += 1
         for instance in (seat.decode, seat.prefill):
             if instance is not None:
@@ -171,6 +206,7 @@ class Dispatcher:
                     arrival.max_new_tokens,
                 )
                 seat.tickets.append((instance, ticket))
+                seat.trials[instance.endpoint.url] = instance.breaker.begin()
         return seat
 
     def _partner(self, arrival: Arrival, excluded: Collection[str]) -> Instance | None:
@@ -178,10 +214,28 @@ class Dispatcher:
             return None
         snapshot = self._prefill_snapshots.for_arrival(excluded)
         arrival = replace(arrival, max_new_tokens=1)
-        placement = self._prefill_policy.place(snapshot, arrival, self.sequence)
+        placement = self._place(self._prefill_policy, snapshot, arrival)
         if placement.instance is None:
             raise self._refusal(503, _why_nobody(self._fleet.of_role("prefill")))
         return self._named(placement.instance)
+
+    def _place(
+        self, policy: DispatchPolicy, snapshot: FleetSnapshot, arrival: Arrival
+    ) -> Placement:
+        """Ask a policy; where it fails, the plain one decides, so that a defect refuses nobody."""
+        try:
+            placement = policy.place(snapshot, arrival, self.sequence)
+            if placement.instance is None or self._fleet.find(placement.instance) is not None:
+                return placement
+            raise LookupError(f"{placement.instance!r} is not in the fleet")
+        except Exception as error:
+            self.policy_errors[policy.name] += 1
+            if repr(error) not in self._said:
+                self._said.add(repr(error))
+                logger.exception(
+                    "policy %s failed; %s decides in its place", policy.name, self._plain.name
+                )
+            return self._plain.place(snapshot, arrival, self.sequence)
 
     def _named(self, name: str) -> Instance:
         instance = self._fleet.find(name)
@@ -192,7 +246,24 @@ class Dispatcher:
     def _refusal(self, status: int, message: str) -> Rejected:
         self.refused[status] += 1
         kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
-        return Rejected(message, status=status, kind=kind, retry_after_s=1)
+        return Rejected(message, status=status, kind=kind, retry_after_s=self.retry_after_s())
+
+    def retry_after_s(self) -> int:
+        """When a client should come again, seconds: once the queue before it will have gone.
+
+        As long as nobody has left the queue lately, as long again as the oldest has waited.
+        """
+        if not self._queue:
+            return 1
+        now = time.monotonic()
+        oldest = now - min(held.arrival.arrived_s for held in self._queue)
+        seats = [at for at in self._left_at if now - at < LONGEST_RETRY_AFTER_S]
+        if len(seats) >= 2:
+            each = (now - seats[0]) / len(seats)
+            wait = (len(self._queue) + 1) * each
+        else:
+            wait = oldest
+        return max(1, min(LONGEST_RETRY_AFTER_S, math.ceil(wait)))
 
     # ------------------------------------------------------------------ holding
 
@@ -261,6 +332,7 @@ class Dispatcher:
             if seat is None:
                 return False
             held.seated.set_result(seat)
+            self._left_at.append(time.monotonic())
         self._queue.remove(held)
         return True
 

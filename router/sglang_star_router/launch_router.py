@@ -16,6 +16,7 @@ from aiohttp import web
 from sglang_star.errors import SetupError, StarError
 from sglang_star_router.app import Router
 from sglang_star_router.config import RouterConfig, configure_logging, parse_args
+from sglang_star_router.descriptors import raise_soft_limit
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ async def serve(router: Router, *, ready: asyncio.Event | None = None) -> None:
 def launch(config: RouterConfig) -> None:
     """Run a router in this process until it is told to stop."""
     configure_logging(config.log_level)
+    raise_soft_limit()
     uvloop.run(serve(Router(config)))
 
 

@@ -52,6 +52,10 @@ class FakeEngine:
     Attributes:
         chunks: what a streaming request is answered with; gate: if set, waited for before the
             second chunk; die_after: chunks after which it drops the connection.
+        mute: sends a head and then nothing; bootstrap_port: what it reports.
+        bootstrap_given: what the router's command line says instead.
+        fails: which requests are answered 500 with ``failure``.
+        stuck: health paths that are never answered; told_port: where it says it publishes.
         requests: parsed bodies of generation requests; bodies: the same unparsed.
         disconnects: generation requests whose client went away.
     """
@@ -70,6 +74,13 @@ class FakeEngine:
     gate: asyncio.Event | None = None
     die_after: int | None = None
     stall: bool = False
+    mute: bool = False
+    stuck: set[str] = field(default_factory=set)
+    bootstrap_port: int = 9123
+    bootstrap_given: int | None = None
+    told_port: int = 0
+    fails: Callable[[dict[str, Any]], bool] | None = None
+    failure: bytes = b""
     reply_status: int = 200
     reply_body: bytes | None = None
     health_status: int = 200
@@ -104,6 +115,7 @@ class FakeEngine:
         for path in ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"):
             app.router.add_post(path, self.generate)
         app.router.add_get("/health", self.health)
+        app.router.add_get("/health_generate", self.health)
         app.router.add_get("/server_info", self.server_info)
         app.router.add_post("/star/{what}", self.star_order)
         app.router.add_route("*", "/{rest:.*}", self.other)
@@ -146,6 +158,8 @@ class FakeEngine:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if self.stall:
             await asyncio.Event().wait()
+        if self.fails is not None and self.fails(self.requests[-1]):
+            return web.Response(body=self.failure, status=500, content_type="application/json")
         if self.reply_status != 200 or not self.requests[-1].get("stream"):
             body = self.reply_body or b'{"text": "hello",  "meta_info": {}}'
             return web.Response(
@@ -155,6 +169,8 @@ class FakeEngine:
             headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": self.name}
         )
         await response.prepare(request)
+        if self.mute:
+            await asyncio.Event().wait()
         for number, chunk in enumerate(self.chunks):
             if self.die_after == number:
                 assert request.transport is not None
@@ -167,6 +183,8 @@ class FakeEngine:
         return response
 
     async def health(self, request: web.Request) -> web.Response:
+        if request.path in self.stuck:
+            await asyncio.Event().wait()
         return web.Response(status=self.health_status)
 
     async def server_info(self, request: web.Request) -> web.Response:
@@ -175,7 +193,7 @@ class FakeEngine:
             "max_total_num_tokens": 10_000,
             "tokenizer_path": "fake",
             "internal_states": [{}],
-            "disaggregation_bootstrap_port": 9123,
+            "disaggregation_bootstrap_port": self.bootstrap_port,
         }
         if self.reserve is not None:
             info["num_reserved_decode_tokens"] = self.reserve
@@ -186,7 +204,7 @@ class FakeEngine:
                 "instance_id": self.name,
                 "incarnation": self.incarnation,
                 "role": self.role,
-                "status_address": f"tcp://127.0.0.1:{self.pub_port}",
+                "status_address": f"tcp://127.0.0.1:{self.told_port or self.pub_port}",
                 "migration_address": self.peer["address"],
                 "fingerprint": self.fingerprint,
                 "host_token": self.host_token,
@@ -317,7 +335,7 @@ async def fleet(
     if start:
         for engine in engines:
             await engine.start()
-    members = tuple(member(engine) for engine in engines)
+    members = tuple(member(engine, engine.bootstrap_given) for engine in engines)
     router = Router(RouterConfig(members=members, **(settings | config)), **(policies or {}))
     runner = web.AppRunner(
         router.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.2

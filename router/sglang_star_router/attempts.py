@@ -1,0 +1,426 @@
+"""How a generation request gets its answer: attempts until one has begun to answer.
+
+Until the first event of an answer has come, nothing has reached the client, so that whatever goes
+wrong is tried elsewhere: a refused connection, a reset, an error status, silence, a stream that
+begins with an error. After that the answer's bytes go from socket to socket untouched, and a
+failure ends the stream with an error the client can read. Whoever is to blame is told to its
+breaker; what the router itself lacks is nobody's failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from aiohttp import web
+
+from sglang_star.errors import PeerError
+from sglang_star_router.breaker import Trial
+from sglang_star_router.calls import Call, new_rid
+from sglang_star_router.descriptors import Descriptors
+from sglang_star_router.dispatch import Dispatcher, Seat
+from sglang_star_router.faults import FaultLimits
+from sglang_star_router.first_event import error_in
+from sglang_star_router.fleet import Instance
+from sglang_star_router.framing import HOP_BY_HOP, ResponseHead
+from sglang_star_router.health import Health
+from sglang_star_router.logprobs import with_prompt_logprobs
+from sglang_star_router.metrics import Metrics
+from sglang_star_router.pairs import Pairs
+from sglang_star_router.relay import relay
+from sglang_star_router.replies import Rejected
+from sglang_star_router.retry import RetryBudget, backoff_s
+from sglang_star_router.upstream import Exchange, OutOfResources, Pool, UpstreamLost
+
+logger = logging.getLogger(__name__)
+
+RETRIED_STATUSES: Final = frozenset({408, 429})
+"""Answers about the instance rather than the request, besides 5xx: another may do better."""
+
+_NOT_FORWARDED: Final = HOP_BY_HOP | {
+    b"host",
+    b"content-length",
+    b"content-encoding",  # aiohttp has decoded the body
+    b"transfer-encoding",
+    b"expect",
+    b"trailer",
+}
+
+
+@dataclass(eq=False)
+class AttemptFailed(Exception):
+    """One attempt ended before the first event of its answer.
+
+    Attributes:
+        outcome: what went wrong, as the metrics call it.
+        guilty: instances to blame, not to be asked again; empty if nobody is.
+        answer: the instance's own error answer, if it gave one.
+        final: the answer is about the request: every other instance would give the same.
+    """
+
+    message: str
+    outcome: str
+    guilty: tuple[Instance, ...] = ()
+    answer: web.Response | None = None
+    final: bool = False
+
+    def __str__(self) -> str:
+        """The message."""
+        return self.message
+
+
+@dataclass(slots=True)
+class _Record:
+    """What has become of one request so far.
+
+    Attributes:
+        excluded: URLs not to be asked again; answers: trials that ended in an error answer.
+        kept: trials of those that failed in a pair and are asked again with another partner.
+        narrow: URLs not to be asked in the next attempt only.
+        again: a pair without alternative has been asked a second time.
+    """
+
+    excluded: set[str] = field(default_factory=set)
+    answers: list[Trial] = field(default_factory=list)
+    kept: list[Trial] = field(default_factory=list)
+    narrow: set[str] = field(default_factory=set)
+    stale: bool = False
+    again: bool = False
+
+
+class Attempts:
+    """Makes attempts, blames for failed ones and makes others."""
+
+    def __init__(
+        self,
+        limits: FaultLimits,
+        pool: Pool,
+        dispatcher: Dispatcher,
+        health: Health,
+        metrics: Metrics,
+        budget: RetryBudget,
+        descriptors: Descriptors,
+    ) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._dispatcher = dispatcher
+        self._health = health
+        self._metrics = metrics
+        self._budget = budget
+        self._descriptors = descriptors
+        self._pairs = Pairs()
+
+    async def answer(
+        self, request: web.Request, call: Call, arrived: float, deadline: float
+    ) -> web.StreamResponse:
+        """Try instances until one has begun to answer.
+
+        Raises:
+            Rejected: none can, or none did.
+            TimeoutError: the deadline, a loop time, has passed.
+        """
+        rid = call.rid or (new_rid() if call.nameable else "")
+        record = _Record()
+        failure: AttemptFailed | None = None
+        retry = 0
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    seat = await self._dispatcher.seat(call, rid, record.excluded | record.narrow)
+            except Rejected:
+                if record.narrow:
+                    record.narrow = set()
+                    continue
+                if failure is None:
+                    raise
+                break
+            record.narrow = set()
+            try:
+                return await self._attempt(request, call, rid, seat, record, arrived, deadline)
+            except AttemptFailed as error:
+                if error.final and error.answer is not None:
+                    return error.answer
+                failure = error
+                self._blame(error, seat, record)
+            finally:
+                self._dispatcher.leave(seat)
+            logger.warning("attempt at %s failed: %s", call.path, failure)
+            if retry >= self._limits.retry_max_retries or not self._budget.grant():
+                break
+            self._metrics.retries.inc()
+            if failure.outcome == "stale" and not record.stale:
+                record.stale = True
+            else:
+                async with asyncio.timeout_at(deadline):
+                    await asyncio.sleep(backoff_s(self._limits, retry))
+            retry += 1
+        assert failure is not None
+        return self._given_up(failure, record)
+
+    def _given_up(self, failure: AttemptFailed, record: _Record) -> web.Response:
+        if len({id(trial.breaker) for trial in record.answers}) > 1:
+            # Different instances failed alike: it is the request, which must harm none of them.
+            for trial in record.answers:
+                trial.forgive()
+        if failure.answer is not None:
+            return failure.answer
+        raise Rejected(
+            f"every instance asked has failed; the last: {failure}",
+            status=503,
+            kind="service_unavailable",
+            retry_after_s=self._dispatcher.retry_after_s(),
+        )
+
+    def _blame(self, error: AttemptFailed, seat: Seat, record: _Record) -> None:
+        """Tell breakers and health checks, and look elsewhere next time."""
+        for instance in error.guilty:
+            trial = seat.trial(instance)
+            trial.failure(error.outcome)
+            if error.outcome in ("answer", "event"):
+                record.answers.append(trial)
+        if error.outcome == "local":
+            self._descriptors.errors["connections"] += 1
+        for trial in seat.trials.values():
+            if not trial.outcome:
+                trial.neutral(error.outcome if error.outcome in ("local", "stale") else "partner")
+        away = [one for one in error.guilty if self._dispatcher.others(one, record.excluded)]
+        if len(error.guilty) > 1:
+            # One of a pair is exchanged, so that the next attempt tells which of them it was.
+            away = sorted(away, key=lambda one: -one.breaker.share())[:1]
+            kept = [one for one in error.guilty if one not in away]
+            record.kept += [seat.trial(one) for one in kept]
+            record.narrow = {
+                url for one in kept for url in self._dispatcher.others(one, record.excluded)
+            }
+            if not away and not record.again:
+                record.again = True
+                return
+        record.excluded.update(one.endpoint.url for one in away or error.guilty)
+
+    # ------------------------------------------------------------------ one attempt
+
+    async def _attempt(
+        self,
+        request: web.Request,
+        call: Call,
+        rid: str,
+        seat: Seat,
+        record: _Record,
+        arrived: float,
+        deadline: float,
+    ) -> web.StreamResponse:
+        """Send to the seat's instances and pass the decode side's answer through."""
+        prefill: Exchange | None = None
+        decode: Exchange | None = None
+        try:
+            async with asyncio.timeout_at(deadline):
+                fields: dict[str, object] = {"rid": rid} if rid and not call.named else {}
+                if seat.prefill is not None:
+                    fields |= self._bootstrap(call, seat.prefill)
+                body = call.with_fields(fields)
+                if seat.prefill is not None:
+                    prefill = await self._send(request, body, seat.prefill)
+                decode = await self._send(request, body, seat.decode)
+                with self._waiting(seat, prefill, decode):
+                    head = await self._begun(seat, prefill, decode)
+                for trial in seat.trials.values():
+                    trial.succeeded()
+                for trial in record.kept:
+                    if any(trial.breaker is one.breaker for one in seat.trials.values()):
+                        trial.forgive()
+                if prefill is not None and call.prompt_logprobs and not call.streams:
+                    return await self._merged(seat, prefill, decode, head)
+            self._metrics.first_byte.observe(time.monotonic() - arrived)
+            if prefill is not None:
+                self._dispatcher.prefilled(seat)
+                prefill.discard()
+                prefill = None
+            response = await relay(request, decode, head, deadline, self._limits.token_timeout)
+            if response.lost:
+                self._metrics.lost_streams.inc()
+                seat.trial(seat.decode).failure("stream")
+                self._health.suspect(seat.decode)
+            return response
+        finally:
+            for exchange in (prefill, decode):
+                if exchange is not None:
+                    exchange.abort()
+
+    def _bootstrap(self, call: Call, prefill: Instance) -> dict[str, object]:
+        if prefill.bootstrap_port is None:
+            raise AttemptFailed(
+                f"{prefill.name} has not reported its bootstrap port; "
+                "give it as --prefill URL PORT",
+                "connect",
+                (prefill,),
+            )
+        return call.bootstrap(prefill.endpoint.host, prefill.bootstrap_port)
+
+    async def _send(self, request: web.Request, body: bytes, instance: Instance) -> Exchange:
+        try:
+            return await self._pool.send(
+                instance.endpoint,
+                request_block(request, body, instance),
+                unframe=request.version < (1, 1),
+                line=instance.line,
+            )
+        except OutOfResources as error:
+            raise AttemptFailed(error.message, "local") from error
+        except PeerError as error:
+            self._health.suspect(instance, error.message)
+            raise AttemptFailed(error.message, "connect", (instance,)) from error
+
+    @contextmanager
+    def _waiting(self, seat: Seat, prefill: Exchange | None, decode: Exchange) -> Iterator[None]:
+        """Let the instances' lines know who waits, so that a dead one can send them elsewhere."""
+        both = [(seat.decode.line, decode)]
+        if seat.prefill is not None and prefill is not None:
+            both.append((seat.prefill.line, prefill))
+        for line, exchange in both:
+            line.wait(exchange, seat.prompt_tokens)
+        try:
+            yield
+        finally:
+            for line, exchange in both:
+                line.begun(exchange)
+
+    async def _begun(self, seat: Seat, prefill: Exchange | None, decode: Exchange) -> ResponseHead:
+        """Wait until the answer has begun well.
+
+        Raises:
+            AttemptFailed: it has not.
+        """
+        try:
+            async with asyncio.timeout(self._limits.first_byte_timeout) as limit:
+                if prefill is None or seat.prefill is None:
+                    head = await self._opened(decode, seat.decode)
+                    await self._check(decode, head, (seat.decode,))
+                    return head
+                return await self._pair_begun(prefill, seat.prefill, decode, seat.decode)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            late: tuple[Instance, ...] = (seat.decode,)
+            if seat.prefill is not None and prefill is not None:
+                late = (seat.prefill,)
+                if prefill.opened.done():
+                    late = self._guilty(seat.prefill, seat.decode)
+            for one in late:
+                self._health.suspect(one)
+            text = f"{late[0].name} did not begin to answer"
+            raise AttemptFailed(
+                f"{text} within {self._limits.first_byte_timeout:g} s", "late", late
+            ) from None
+
+    async def _pair_begun(
+        self, prefill: Exchange, p: Instance, decode: Exchange, d: Instance
+    ) -> ResponseHead:
+        """The same for a pair: decode waits in vain for KV once prefill has failed."""
+        await asyncio.wait((prefill.opened, decode.opened), return_when=asyncio.FIRST_COMPLETED)
+        if not decode.opened.done():
+            head = await self._opened(prefill, p)
+            await self._check(prefill, head, (p,), final=head.status >= 400)
+        head = await self._opened(decode, d)
+        if prefill.opened.done():
+            first = await self._opened(prefill, p)
+            await self._check(prefill, first, (p,))
+        try:
+            await self._check(decode, head, (p, d))
+        except AttemptFailed as error:
+            error.guilty = self._guilty(p, d)
+            raise
+        self._pairs.note(p.endpoint.url, d.endpoint.url, worked=True)
+        return head
+
+    def _guilty(self, p: Instance, d: Instance) -> tuple[Instance, ...]:
+        """Who failed, where the answer does not tell: as likely as not the transfer between."""
+        self._pairs.note(p.endpoint.url, d.endpoint.url, worked=False)
+        # It may have restarted and listen elsewhere.
+        self._health.doubt(p)
+        guilty = self._pairs.guilty(p.endpoint.url, d.endpoint.url)
+        return tuple(one for one in (p, d) if one.endpoint.url in guilty)
+
+    async def _opened(self, exchange: Exchange, instance: Instance) -> ResponseHead:
+        try:
+            return await exchange.opened
+        except UpstreamLost as error:
+            if error.stale:
+                raise AttemptFailed(error.message, "stale") from error
+            self._health.suspect(instance)
+            raise AttemptFailed(error.message, "broken", (instance,)) from error
+
+    async def _check(
+        self,
+        exchange: Exchange,
+        head: ResponseHead,
+        guilty: tuple[Instance, ...],
+        *,
+        final: bool = False,
+    ) -> None:
+        """Look at how an answer begins.
+
+        Args:
+            final: an answer about the request ends it too, instead of being passed on.
+
+        Raises:
+            AttemptFailed: with an error that another instance may not give.
+        """
+        name = guilty[-1].name
+        if head.status in RETRIED_STATUSES or head.status >= 500 or final:
+            try:
+                body = await exchange.collect()
+            except UpstreamLost as error:
+                raise AttemptFailed(error.message, "broken", guilty) from error
+            kind = head.content_type.split(b";")[0].decode("latin-1") or "application/json"
+            answer = web.Response(body=body, status=head.status, content_type=kind)
+            about_it = head.status not in RETRIED_STATUSES and head.status < 500
+            raise AttemptFailed(
+                f"{name} answered {head.status}", "answer", guilty, answer, final=about_it
+            )
+        if head.status == 200 and head.content_type.startswith(b"text/event-stream"):
+            found = error_in(exchange.beginning())
+            if found is not None and not found.about_the_request:
+                raise AttemptFailed(
+                    f"{name} began a stream with error {found.code}", "event", guilty,
+                    web.Response(
+                        body=found.payload, status=found.code, content_type="application/json"
+                    ),
+                )  # fmt: skip
+
+    async def _merged(
+        self, seat: Seat, prefill: Exchange, decode: Exchange, head: ResponseHead
+    ) -> web.Response:
+        """Decode's answer with prefill's logprobs of the prompt in it."""
+        assert seat.prefill is not None
+        bodies = []
+        for exchange, instance in ((prefill, seat.prefill), (decode, seat.decode)):
+            try:
+                bodies.append(await exchange.collect())
+            except UpstreamLost as error:
+                raise AttemptFailed(error.message, "broken", (instance,)) from error
+        return web.Response(
+            body=with_prompt_logprobs(*bodies), status=head.status,
+            content_type="application/json",
+        )  # fmt: skip
+
+
+def request_block(request: web.Request, body: bytes, instance: Instance) -> bytes:
+    """Return the request as it goes to an instance: the client's headers, this hop's framing."""
+    endpoint = instance.endpoint
+    lines = [
+        f"{request.method} {request.raw_path} HTTP/1.1".encode("latin-1"),
+        b"Host: " + endpoint.url.partition("://")[2].encode("latin-1"),
+    ]
+    lines += [
+        name + b": " + value
+        for name, value in request.raw_headers
+        if name.lower() not in _NOT_FORWARDED
+    ]
+    if body or request.method not in ("GET", "HEAD"):
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
