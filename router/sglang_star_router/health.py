@@ -54,6 +54,7 @@ class Health:
         self._wake: dict[str, asyncio.Event] = {url: asyncio.Event() for url in fleet.instances}
         self._tasks: list[asyncio.Task[None]] = []
         self.errors: Counter[str] = Counter()
+        self._silenced: set[str] = set()
 
     def start(self) -> None:
         """Begin to check."""
@@ -80,7 +81,7 @@ class Health:
         self._wake[instance.endpoint.url].set()
 
     def listen(self) -> None:
-        """Check at once what has been silent for an interval while answers are waited for."""
+        """Check at once what is silent for a while although answers are waited for."""
         for instance in self._fleet:
             if instance.healthy and self._mute(instance):
                 self._wake[instance.endpoint.url].set()
@@ -94,7 +95,8 @@ class Health:
         """Check one instance once; never raises for what an instance does."""
         mute = self._mute(instance)
         try:
-            await self._ask(instance, mute=mute)
+            # What was excluded for its silence has to generate before it comes back.
+            await self._ask(instance, generate=mute or instance.endpoint.url in self._silenced)
             if not instance.described or not instance.healthy or self._silent(instance):
                 await self._describe(instance)
         except OutOfResources as error:
@@ -107,9 +109,12 @@ class Health:
             # one that is silent about its requests has failed them already.
             hopeless = mute or isinstance(error, ConfigError | VersionMismatch)
             if hopeless or instance.failures >= self._config.health_failure_threshold:
+                if mute:
+                    self._silenced.add(instance.endpoint.url)
                 self._exclude(instance, str(error))
                 self._send_elsewhere(instance)
             return
+        self._silenced.discard(instance.endpoint.url)
         instance.failures = 0
         instance.successes += 1
         if not instance.healthy and instance.successes >= self._config.health_success_threshold:
@@ -138,26 +143,28 @@ class Health:
             except TimeoutError:
                 pass
 
-    async def _ask(self, instance: Instance, *, mute: bool) -> None:
-        """Ask for its health; of one that is silent, whether it still generates.
+    async def _ask(self, instance: Instance, *, generate: bool) -> None:
+        """Ask for its health, and whether it generates.
 
         Raises:
             PeerError: it is not well.
         """
         timeout_s = self._config.health_check_timeout
         paths = [self._config.health_check_endpoint]
-        if mute:
+        if generate:
             paths.append("/health_generate")
         for path in paths:
             status, _ = await self._engine.call(instance, "GET", path, timeout_s=timeout_s)
-            if status != 200 and not (mute and status == 404):
+            if status != 200 and not (generate and status == 404):
                 raise PeerError(f"{path} answered {status}")
-        if mute:
+        if generate:
             # It has answered for itself: give its requests as long again.
             instance.line.heard_at = time.monotonic()
 
     def _mute(self, instance: Instance) -> bool:
-        return instance.line.silence_s() >= self._config.health_check_interval
+        # Early enough that this, what streams still had to say and a check that times out come to
+        # less than two intervals.
+        return instance.line.silence_s() >= self._config.health_check_interval / 4
 
     def _send_elsewhere(self, instance: Instance) -> None:
         """Try elsewhere what has not begun to be answered, if there is an elsewhere."""

@@ -172,8 +172,6 @@ class Exchange:
     def feed(self, data: bytes) -> None:
         """Take bytes from the socket."""
         self.heard_at = time.monotonic()
-        if self._line is not None:
-            self._line.heard_at = self.heard_at
         try:
             if self._head is None:
                 self._read_head(data)
@@ -241,6 +239,9 @@ class Exchange:
             self._left -= len(data)
             ended = self._left == 0
         if data:
+            if self._line is not None:
+                # A head may be all that a stuck engine sends.
+                self._line.heard_at = self.heard_at
             if self._sink is not None:
                 self._sink(data)
             else:
