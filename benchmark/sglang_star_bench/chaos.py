@@ -31,7 +31,7 @@ ROUTERS = {
     "sglang_router": "sglang_router.launch_router",
 }
 SLOW_FIRST_S = 1.0
-"""A first token that takes so much longer than before the fault counts as noticed."""
+"""A first token that takes so much longer than any before the fault counts as late."""
 
 
 def router_command(
@@ -101,8 +101,8 @@ def judge(streams: list[Stream], at: float, ended: float, failed_engine: str) ->
     failed, of those that were not begun by then; ``back_s``: from the end of the fault until the
     engine answered again.
     """
-    usual = sorted(s.first_at - s.sent_at for s in streams if s.first_at and s.sent_at < at)
-    slow = SLOW_FIRST_S + (usual[len(usual) // 2] if usual else 0.0)
+    before = [s.first_at - s.sent_at for s in streams if 0 < s.first_at < at]
+    slow = SLOW_FIRST_S + max(before, default=0.0)
     bad = [s for s in streams if s.verdict in ("failed", "hung")]
     begun = [s for s in bad if s.tokens and s.engine == failed_engine]
     late = [
@@ -122,6 +122,7 @@ def judge(streams: list[Stream], at: float, ended: float, failed_engine: str) ->
         "slow_first": sum(s not in bad for s in late),
         "recovery_s": max(((s.first_at or s.ended_at) - at for s in late), default=0.0),
         "back_s": min(back) - ended if back else None,
+        "late_from_s": slow,
         "slowest_first_s": max(
             (s.first_at - s.sent_at for s in streams if s.first_at), default=0.0
         ),

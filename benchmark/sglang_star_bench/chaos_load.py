@@ -67,6 +67,8 @@ class Load:
             for task in open_ones:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in self.streams:
+            stream.ended_at = stream.ended_at or time.monotonic()
 
     async def _client(
         self,

@@ -14,13 +14,13 @@ from prometheus_client.core import Metric
 
 from sglang_star.errors import PeerError
 from sglang_star_router import dashboard
-from sglang_star_router.attempts import request_block
 from sglang_star_router.calls import GENERATION_PATHS
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.engine import EngineClient
 from sglang_star_router.fault_views import fault_metrics
 from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.forwarding import request_block
 from sglang_star_router.health import Health
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.metrics import Metrics

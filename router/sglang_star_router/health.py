@@ -107,6 +107,7 @@ class Health:
             instance.failures += 1
             # A refused instance, unlike a slow one, will not do better at the next check; and
             # one that is silent about its requests has failed them already.
+            mute = mute and self._mute(instance)
             hopeless = mute or isinstance(error, ConfigError | VersionMismatch)
             if hopeless or instance.failures >= self._config.health_failure_threshold:
                 if mute:
@@ -155,7 +156,7 @@ class Health:
             paths.append("/health_generate")
         for path in paths:
             status, _ = await self._engine.call(instance, "GET", path, timeout_s=timeout_s)
-            if status != 200 and not (generate and status == 404):
+            if status != 200 and (status, path) != (404, "/health_generate"):
                 raise PeerError(f"{path} answered {status}")
         if generate:
             # It has answered for itself: give its requests as long again.

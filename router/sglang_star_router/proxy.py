@@ -13,12 +13,13 @@ import time
 from aiohttp import web
 
 from sglang_star.errors import PeerError
-from sglang_star_router.attempts import Attempts, request_block
+from sglang_star_router.attempts import Attempts
 from sglang_star_router.calls import read_call
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.descriptors import Descriptors
 from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.fleet import Instance
+from sglang_star_router.forwarding import request_block
 from sglang_star_router.health import Health
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.relay import relay

@@ -140,13 +140,19 @@ def test_an_engine_that_is_silent_about_waiting_requests_is_made_to_generate():
     """Its plain health check passes all along."""
 
     async def check():
-        bad, good = FakeEngine(mute=True, stuck={"/health_generate"}), FakeEngine()
+        bad = FakeEngine(name="0", mute=True, stuck={"/health_generate"})
+        good = FakeEngine()
         async with fleet(
             bad, good, faults=limits(), health_check_timeout=1.0, policy="least-requests"
         ) as running:
             answers = await asyncio.gather(*(running.post("/generate", STREAM) for _ in range(8)))
             assert [status for status, _ in answers] == [200] * 8
-            assert bad.requests
+            assert (drawn := len(bad.requests))
+            for _ in range(4):
+                assert (await running.post("/generate", STREAM))[0] == 200
+            assert len(bad.requests) == drawn, "it has to generate before it is trusted again"
+            bad.mute, bad.stuck = False, set()
+            await running.until_healthy(bad)
 
     run(check())
 
