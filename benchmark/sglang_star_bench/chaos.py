@@ -155,6 +155,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
             )  # fmt: skip
             rows[fault.name][name] = row
             say(line(fault.name, name, row))
+            for failure in row["failures"]:
+                say(f"    {failure}")
     keys = ("streams", "tokens", "itl_ms", "health_interval", "fault_s", "policy")
     return {"settings": {key: getattr(options, key) for key in keys}, "faults": rows}
 

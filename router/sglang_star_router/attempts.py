@@ -96,7 +96,12 @@ class Attempts:
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    seat = await self._dispatcher.seat(call, rid, record.excluded | record.narrow)
+                    seat = await self._dispatcher.seat(
+                        call,
+                        rid,
+                        record.excluded | record.narrow,
+                        since=None if failure is None else arrived,
+                    )
             except Rejected:
                 if record.narrow:
                     record.narrow = set()
@@ -193,8 +198,10 @@ class Attempts:
                 decode = await self._send(request, body, seat.decode)
                 with self._waiting(seat, prefill, decode):
                     head = await self._beginnings.begun(seat, prefill, decode)
-                for trial in seat.trials.values():
-                    trial.succeeded()
+                for instance in (seat.decode, seat.prefill):
+                    if instance is not None:
+                        instance.line.heard_at = time.monotonic()
+                        seat.trial(instance).succeeded()
                 for trial in record.kept:
                     if any(trial.breaker is one.breaker for one in seat.trials.values()):
                         trial.forgive()
@@ -232,7 +239,6 @@ class Attempts:
                 instance.endpoint,
                 request_block(request, body, instance),
                 unframe=request.version < (1, 1),
-                line=instance.line,
             )
         except OutOfResources as error:
             raise AttemptFailed(error.message, "local") from error

@@ -92,12 +92,11 @@ class Beginnings:
             head = await self._opened(prefill, p)
             await self._check(prefill, head, (p,), final=head.status >= 400)
         head = await self._opened(decode, d)
-        if prefill.opened.done():
-            first = await self._opened(prefill, p)
-            await self._check(prefill, first, (p,))
         try:
             await self._check(decode, head, (p, d))
         except AttemptFailed as error:
+            if prefill.opened.done():
+                await self._check(prefill, await self._opened(prefill, p), (p,))
             error.guilty = self._guilty(p, d)
             raise
         self._pairs.note(p.endpoint.url, d.endpoint.url, worked=True)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import time
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -120,21 +121,27 @@ class Dispatcher:
         """Requests waiting for an instance."""
         return len(self._queue)
 
-    async def seat(self, call: Call, rid: str, excluded: Collection[str]) -> Seat:
+    async def seat(
+        self, call: Call, rid: str, excluded: Collection[str], since: float | None = None
+    ) -> Seat:
         """Choose instances for a request, waiting if the policy says so.
 
         Args:
             excluded: URLs that have failed this request already.
+            since: it has been seated before and came at this time: it waits for nobody in the
+                queue, and takes its old place there if it must.
 
         Raises:
             Rejected: no instance is left, the queue is full, or the wait was too long.
         """
-        arrival = self._arrival(call, rid)
-        if not any(self._in_time(one, arrival.arrived_s) for one in self._queue):
+        arrival = self._arrival(call, rid, since)
+        if since is not None or not any(
+            self._in_time(one, arrival.arrived_s) for one in self._queue
+        ):
             seat = self._try(call, arrival, excluded)
             if seat is not None:
                 return seat
-        if len(self._queue) >= self._queue_size:
+        if since is None and len(self._queue) >= self._queue_size:
             raise self._refusal(429, f"{len(self._queue)} requests are waiting already")
         return await self._hold(call, arrival, excluded)
 
@@ -163,7 +170,7 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ one decision
 
-    def _arrival(self, call: Call, rid: str) -> Arrival:
+    def _arrival(self, call: Call, rid: str, since: float | None) -> Arrival:
         prompt = call.prompt_ids or self._fleet.tokens_of(call.prompt_bytes)
         limit = call.max_new_tokens
         if not limit:
@@ -174,7 +181,7 @@ class Dispatcher:
             rid=rid,
             prompt_tokens=prompt,
             max_new_tokens=total,
-            arrived_s=time.monotonic(),
+            arrived_s=time.monotonic() if since is None else since,
             true_output_tokens=float(total) if self._true_lengths else float("nan"),
         )
 
@@ -256,7 +263,7 @@ class Dispatcher:
         if not self._queue:
             return 1
         now = time.monotonic()
-        oldest = now - min(held.arrival.arrived_s for held in self._queue)
+        oldest = now - self._queue[0].arrival.arrived_s
         seats = [at for at in self._left_at if now - at < LONGEST_RETRY_AFTER_S]
         if len(seats) >= 2:
             each = (now - seats[0]) / len(seats)
@@ -270,7 +277,8 @@ class Dispatcher:
     async def _hold(self, call: Call, arrival: Arrival, excluded: Collection[str]) -> Seat:
         seated: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
         held = _Held(call, arrival, excluded, seated)
-        self._queue.append(held)
+        # Oldest first, as the retries expect: one that comes back takes its old place.
+        insort(self._queue, held, key=lambda one: one.arrival.arrived_s)
         self.held += 1
         self._retry_in(RETRY_ANYHOW_S)
         try:

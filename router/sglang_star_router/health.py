@@ -55,6 +55,8 @@ class Health:
         self._tasks: list[asyncio.Task[None]] = []
         self.errors: Counter[str] = Counter()
         self._silenced: set[str] = set()
+        # Early enough that this and a check that times out come to less than two intervals.
+        self._quiet_s = config.health_check_interval / 4
 
     def start(self) -> None:
         """Begin to check."""
@@ -107,13 +109,16 @@ class Health:
             instance.failures += 1
             # A refused instance, unlike a slow one, will not do better at the next check; and
             # one that is silent about its requests has failed them already.
-            mute = mute and self._mute(instance)
+            if mute and not self._mute(instance):
+                # It has come to itself; what it was silent about may be lost there.
+                mute = False
+                self._send_elsewhere(instance, f"it was silent: {error}", self._quiet_s)
             hopeless = mute or isinstance(error, ConfigError | VersionMismatch)
             if hopeless or instance.failures >= self._config.health_failure_threshold:
                 if mute:
                     self._silenced.add(instance.endpoint.url)
                 self._exclude(instance, str(error))
-                self._send_elsewhere(instance)
+                self._send_elsewhere(instance, f"it is excluded: {error}")
             return
         self._silenced.discard(instance.endpoint.url)
         instance.failures = 0
@@ -163,14 +168,13 @@ class Health:
             instance.line.heard_at = time.monotonic()
 
     def _mute(self, instance: Instance) -> bool:
-        # Early enough that this, what streams still had to say and a check that times out come to
-        # less than two intervals.
-        return instance.line.silence_s() >= self._config.health_check_interval / 4
+        return instance.line.silence_s() >= self._quiet_s
 
-    def _send_elsewhere(self, instance: Instance) -> None:
+    def _send_elsewhere(self, instance: Instance, reason: str, waited_s: float = 0.0) -> None:
         """Try elsewhere what has not begun to be answered, if there is an elsewhere."""
-        if any(one.healthy for one in self._fleet.of_role(instance.role)):
-            count = instance.line.give_up(f"{instance.name} is excluded: {instance.trouble}")
+        others = self._fleet.of_role(instance.role)
+        if any(one.healthy for one in others if one is not instance):
+            count = instance.line.give_up(f"{instance.name} is given up: {reason}", waited_s)
             if count:
                 logger.warning("%d requests leave %s unanswered", count, instance.name)
 

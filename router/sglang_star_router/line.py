@@ -20,7 +20,8 @@ class Line:
     """One instance's.
 
     Attributes:
-        heard_at: when bytes of any answer last came, monotonic seconds.
+        heard_at: when an answer last began, monotonic seconds. Tokens of older ones do not count:
+            they may flow on while nothing new is taken up.
     """
 
     __slots__ = ("_waiting", "heard_at")
@@ -50,10 +51,15 @@ class Line:
         patience = max(patience for _, patience in self._waiting.values())
         return max(0.0, time.monotonic() - max(since, self.heard_at) - patience)
 
-    def give_up(self, reason: str) -> int:
-        """End everything that waits, so that it is tried elsewhere; return how much it was."""
-        waiting = list(self._waiting)
-        self._waiting.clear()
-        for exchange in waiting:
+    def give_up(self, reason: str, waited_s: float = 0.0) -> int:
+        """End what has waited so long, so that it is tried elsewhere; return how much it was."""
+        now = time.monotonic()
+        given_up = [
+            exchange
+            for exchange, (since, patience) in self._waiting.items()
+            if now - since - patience >= waited_s
+        ]
+        for exchange in given_up:
+            del self._waiting[exchange]
             exchange.fail(reason)
-        return len(waiting)
+        return len(given_up)

@@ -175,7 +175,6 @@ def _end_badly(
 ) -> None:
     """End a stream that has begun: with an error event where one fits, else by hanging up."""
     response.lost = True
-    response.stays = False
     logger.warning("stream broken: %s", message)
     scanner = exchange.scanner
     if (
@@ -187,8 +186,10 @@ def _end_badly(
         event = b"" if whole else b"\n\n"
         event += sse_error(f"the instance failed: {message}", 502, "upstream_error")
         if not client.old:
+            # The framing is whole, and the head has promised that the connection stays.
             event = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
         transport.write(event)
         return
+    response.stays = False
     # A truncated body must look truncated: whatever we appended could pass for the answer.
     transport.abort()

@@ -19,7 +19,6 @@ from sglang_star_router.config import Endpoint
 from sglang_star_router.descriptors import is_local
 from sglang_star_router.first_event import ends_event
 from sglang_star_router.framing import ChunkScanner, FramingError, ResponseHead
-from sglang_star_router.line import Line
 
 MAX_HEAD: Final = 64 * 1024
 FIRST_EVENT: Final = 64 * 1024
@@ -68,7 +67,6 @@ class Exchange:
         "_early_size",
         "_head",
         "_left",
-        "_line",
         "_payload",
         "_reusable",
         "_sink",
@@ -86,7 +84,6 @@ class Exchange:
         unframe: bool,
         bodiless: bool,
         fresh: bool,
-        line: Line | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[ResponseHead] = loop.create_future()
@@ -94,7 +91,6 @@ class Exchange:
         self.scanner: ChunkScanner | None = None
         self.fresh = fresh
         self.heard_at = time.monotonic()
-        self._line = line
         self._connection = connection
         self._bodiless = bodiless
         self._payload: list[bytes] | None = [] if unframe else None
@@ -239,9 +235,6 @@ class Exchange:
             self._left -= len(data)
             ended = self._left == 0
         if data:
-            if self._line is not None:
-                # A head may be all that a stuck engine sends.
-                self._line.heard_at = self.heard_at
             if self._sink is not None:
                 self._sink(data)
             else:
@@ -289,11 +282,9 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._used = False
 
-    def send(self, block: bytes, *, unframe: bool, bodiless: bool, line: Line | None) -> Exchange:
+    def send(self, block: bytes, *, unframe: bool, bodiless: bool) -> Exchange:
         """Send one request, head and body."""
-        self._exchange = Exchange(
-            self, unframe=unframe, bodiless=bodiless, fresh=not self._used, line=line
-        )
+        self._exchange = Exchange(self, unframe=unframe, bodiless=bodiless, fresh=not self._used)
         self._used = True
         self.transport.write(block)
         return self._exchange
@@ -350,7 +341,6 @@ class Pool:
         *,
         unframe: bool = False,
         bodiless: bool = False,
-        line: Line | None = None,
     ) -> Exchange:
         """Send a request on a kept or a new connection.
 
@@ -358,7 +348,6 @@ class Pool:
             block: head and body.
             unframe: hand on the response body without its chunked framing.
             bodiless: it is a HEAD request.
-            line: is told whenever bytes of the answer come.
 
         Raises:
             PeerError: the instance does not accept connections.
@@ -372,7 +361,7 @@ class Pool:
             connection.close()
         else:
             connection = await self._connect(endpoint)
-        return connection.send(block, unframe=unframe, bodiless=bodiless, line=line)
+        return connection.send(block, unframe=unframe, bodiless=bodiless)
 
     async def _connect(self, endpoint: Endpoint) -> Connection:
         if endpoint.tls and self._tls is None:

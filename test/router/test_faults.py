@@ -213,6 +213,31 @@ def test_retries_have_a_budget():
     run(check())
 
 
+def test_what_is_tried_again_does_not_queue_behind_others():
+    from router.test_dispatch import Gatekeeper
+
+    async def check():
+        policy, bad, good = Gatekeeper(), FakeEngine(stall=True), FakeEngine()
+        policies = {"dispatch_policy": policy}
+        async with fleet(bad, good, policies=policies, queue_size=1, faults=limits()) as running:
+            dispatcher = running.router.dispatcher
+            policy.open = 1
+            first = asyncio.create_task(running.post("/generate", {"text": "a"}))
+            await eventually(lambda: bad.active)
+            others = asyncio.create_task(running.post("/generate", {"text": "b"}))
+            await eventually(lambda: dispatcher.holding == 1)
+            # The queue is full when the first one comes back.
+            bad.health_status = 500
+            await eventually(lambda: dispatcher.holding == 2)
+            policy.open = 1
+            assert (await first)[0] == 200
+            policy.open = 1
+            assert (await others)[0] == 200
+            assert [request["text"] for request in good.requests] == ["a", "b"]
+
+    run(check())
+
+
 # --------------------------------------------------------------------------- pairs
 
 
@@ -339,6 +364,28 @@ def test_a_broken_stream_ends_readably_for_an_http_1_0_client():
             error = orjson.loads(events[2].removeprefix(b"data: "))["error"]
             assert error["type"] == "upstream_error"
             assert events[3:] == [b""], "chunk sizes in a body that has no chunks"
+
+    run(check())
+
+
+def test_a_broken_stream_leaves_the_clients_connection_usable():
+    """Its head has said so, and its framing is whole: a client sends its next request there."""
+
+    async def check():
+        engine = FakeEngine(chunks=[b"data: 1\n\n"] * 5, die_after=2)
+        async with fleet(engine) as running:
+            host, _, port = running.url.removeprefix("http://").partition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            request = raw_request("/generate", orjson.dumps(STREAM)).replace(
+                b"Connection: close\r\n", b""
+            )
+            writer.write(request)
+            assert b"upstream_error" in await reader.readuntil(b"\r\n0\r\n\r\n")
+            engine.die_after = None
+            writer.write(request)
+            answer = await reader.readuntil(b"\r\n0\r\n\r\n")
+            assert answer.count(b"data: 1") == 5
+            writer.close()
 
     run(check())
 
