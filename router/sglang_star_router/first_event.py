@@ -28,9 +28,10 @@ class EventError:
         return 400 <= self.code < 500 and self.code not in (408, 429)
 
 
-def ends_event(data: bytes) -> bool:
-    """Whether ``data`` holds a whole event; inside chunked framing this may be seen early."""
-    return b"\n\n" in data or b"\r\n\r\n" in data
+def end_of_event(data: bytes) -> int | None:
+    """Where the first event ends; inside chunked framing it may seem to end a little early."""
+    ends = [at + len(mark) for mark in (b"\n\n", b"\r\n\r\n") if (at := data.find(mark)) >= 0]
+    return min(ends, default=None)
 
 
 def error_in(payload: bytes) -> EventError | None:

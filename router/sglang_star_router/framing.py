@@ -19,7 +19,7 @@ HOP_BY_HOP: Final = frozenset(
 """Headers that belong to one connection; ``transfer-encoding`` is passed on with the framing."""
 
 MAX_LINE: Final = 16 * 1024
-_HEX: Final = b"0123456789abcdefABCDEF"
+_X: Final = (b"x", b"X")
 
 
 class FramingError(Exception):
@@ -151,11 +151,14 @@ class ChunkScanner:
                     self.done = True
                     return position
                 continue
-            digits = line.split(b";", 1)[0].strip()
+            digits = line if line.isalnum() else line.split(b";", 1)[0].strip()
             # int() would also take a sign, underscores and 0x.
-            if not digits or digits.strip(_HEX):
+            if not digits.isalnum() or digits[1:2] in _X:
                 raise FramingError(f"not a chunk size: {line[:80]!r}")
-            length = int(digits, 16)
+            try:
+                length = int(digits, 16)
+            except ValueError:
+                raise FramingError(f"not a chunk size: {line[:80]!r}") from None
             self._skip = length + 2 if length else 0
             self._trailers = not length
         self.at_boundary = self._skip == 0 and not self._trailers

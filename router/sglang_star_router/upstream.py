@@ -17,7 +17,7 @@ from typing import Final, cast
 from sglang_star.errors import PeerError
 from sglang_star_router.config import Endpoint
 from sglang_star_router.descriptors import is_local
-from sglang_star_router.first_event import ends_event
+from sglang_star_router.first_event import end_of_event
 from sglang_star_router.framing import ChunkScanner, FramingError, ResponseHead
 
 MAX_HEAD: Final = 64 * 1024
@@ -115,8 +115,9 @@ class Exchange:
         self._settle()
 
     def beginning(self) -> bytes:
-        """What has come of the body before anybody took it, without framing."""
+        """The body up to the end of its first event, as far as it is there, without framing."""
         data = b"".join(self._early)
+        data = data[: end_of_event(data)]
         if self.scanner is None or self._payload is not None:
             return data
         content: list[bytes] = []
@@ -253,7 +254,7 @@ class Exchange:
         if self._early_size > FIRST_EVENT:
             return True
         if head.content_type.startswith(b"text/event-stream"):
-            return ends_event(data) or ends_event(b"".join(self._early))
+            return end_of_event(b"".join(self._early)) is not None
         return self._left is None or self._left + self._early_size > FIRST_EVENT
 
     def _finish(self, *, reusable: bool) -> None:
