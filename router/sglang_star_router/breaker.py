@@ -31,7 +31,7 @@ class Trial:
     """One attempt at an instance.
 
     Attributes:
-        at: monotonic seconds.
+        at: when it began or, once that is known, how it ended; monotonic seconds.
         breaker: whose; probe: it was let through a half-open circuit.
         failed: None while it is not known.
     """
@@ -81,6 +81,7 @@ class Breaker:
         self._open_until: float | None = None
         self._probes: set[Trial] = set()
         self._passed = 0
+        self._needed = limits.cb_failure_threshold
 
     @property
     def state(self) -> Circuit:
@@ -121,7 +122,11 @@ class Breaker:
     def settle(self, trial: Trial, outcome: str, *, failed: bool | None) -> None:
         """Take in how a trial ended."""
         self._probes.discard(trial)
-        if not trial.outcome and failed is not None:
+        if failed is not None:
+            # A stream that breaks counts as of now, however long ago it began.
+            if trial.outcome and trial in self._recent:
+                self._recent.remove(trial)
+            trial.at = self._clock()
             self._recent.append(trial)
         self.counts[outcome] += 1
         trial.outcome, trial.failed = outcome, failed
@@ -131,6 +136,8 @@ class Breaker:
             self._passed += 1
             if self._passed >= self._limits.cb_success_threshold:
                 self._close()
+        elif failed is False and len(self._recent) >= self._limits.cb_failure_threshold:
+            self._needed = self._limits.cb_failure_threshold
 
     def forgive(self, trial: Trial) -> None:
         """Take a failure back, and what it led to."""
@@ -140,7 +147,7 @@ class Breaker:
         if trial in self._recent:
             self._recent.remove(trial)
         failures, _ = self.tally()
-        if self._open_until is not None and failures < self._limits.cb_failure_threshold:
+        if self._open_until is not None and failures < self._needed:
             self._open_until, self._passed = None, 0
 
     # ------------------------------------------------------------------ inside
@@ -155,7 +162,7 @@ class Breaker:
             return
         failures, total = self.tally()
         share = failures / max(1, total)
-        if failures < self._limits.cb_failure_threshold or share < SHARE:
+        if failures < self._needed or share < SHARE:
             return
         if any(one.state is Circuit.CLOSED and 2 * one.share() < share for one in self.others()):
             self._open()
@@ -168,3 +175,5 @@ class Breaker:
     def _close(self) -> None:
         self._open_until, self._passed = None, 0
         self._recent.clear()
+        # Answers that begin well may still break: for a while as few do as closed it.
+        self._needed = min(self._limits.cb_failure_threshold, self._limits.cb_success_threshold)

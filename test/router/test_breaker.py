@@ -118,6 +118,36 @@ def test_a_stream_that_breaks_is_a_failure_after_all():
     assert a.counts == {"ok": 4, "stream": 4}
 
 
+def test_streams_that_break_count_as_of_now():
+    _, (a, _) = group(2)
+    long_ago = [a.begin() for _ in range(4)]
+    for trial in long_ago:
+        trial.succeeded()
+    works(a, 4)
+    assert a.tally() == (0, 8)
+    works(a, 100)
+    for trial in long_ago:
+        trial.failure("stream")
+    assert a.state is Circuit.OPEN
+
+
+def test_after_it_has_closed_a_few_failures_open_it_again():
+    clock, (a, _) = group(2, cb_failure_threshold=10, cb_success_threshold=2)
+    fails(a, 10)
+    clock.now += 5.1
+    probes = [a.begin(), a.begin()]
+    for trial in probes:
+        trial.succeeded()
+    assert a.state is Circuit.CLOSED
+    for trial in probes:
+        trial.failure("stream")
+    assert a.state is Circuit.OPEN
+    clock.now += 5.1
+    works(a, 30)
+    fails(a, 9)
+    assert a.state is Circuit.CLOSED
+
+
 def test_forgiven_failures_are_undone():
     _, (a, _) = group(2)
     trials = [a.begin() for _ in range(4)]
