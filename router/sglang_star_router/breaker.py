@@ -2,7 +2,7 @@
 
 It opens when an instance fails where another one of its kind does clearly better: a fault of the
 router, of a client or of the whole fleet never shuts the fleet. While it is open nothing is sent;
-after a while a few requests are let through as probes, and their answers close it again.
+after a while a few requests are let through as probes, and answers that end well close it again.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Trial:
         """It ended in a way that says nothing about the instance."""
         self.breaker.settle(self, outcome, failed=None)
 
+    def over(self) -> None:
+        """The attempt is over, whether or not anything was said about it."""
+        self.breaker.over(self)
+
     def forgive(self) -> None:
         """It turned out that the instance was not to blame."""
         self.breaker.forgive(self)
@@ -95,8 +99,9 @@ class Breaker:
         """Whether a request may be sent now."""
         if self._open_until is None:
             return True
+        self._ripen()
         room = len(self._probes) < self._limits.cb_success_threshold
-        return room and self.state is Circuit.HALF_OPEN
+        return self._open_until is None or (room and self.state is Circuit.HALF_OPEN)
 
     def begin(self) -> Trial:
         """Note an attempt that is about to be made."""
@@ -121,7 +126,8 @@ class Breaker:
 
     def settle(self, trial: Trial, outcome: str, *, failed: bool | None) -> None:
         """Take in how a trial ended."""
-        self._probes.discard(trial)
+        if failed is not False:
+            self._probes.discard(trial)
         if failed is not None:
             # A stream that breaks counts as of now, however long ago it began.
             if trial.outcome and trial in self._recent:
@@ -132,12 +138,15 @@ class Breaker:
         trial.outcome, trial.failed = outcome, failed
         if failed:
             self._judge(trial)
-        elif failed is False and trial.probe and self._open_until is not None:
-            self._passed += 1
-            if self._passed >= self._limits.cb_success_threshold:
-                self._close()
         elif failed is False and len(self._recent) >= self._limits.cb_failure_threshold:
             self._needed = self._limits.cb_failure_threshold
+
+    def over(self, trial: Trial) -> None:
+        """Take in that nothing more will be said of a trial."""
+        if not trial.outcome:
+            self.settle(trial, "left", failed=None)
+        elif trial in self._probes:
+            self._pass(trial)
 
     def forgive(self, trial: Trial) -> None:
         """Take a failure back, and what it led to."""
@@ -151,6 +160,19 @@ class Breaker:
             self._open_until, self._passed = None, 0
 
     # ------------------------------------------------------------------ inside
+
+    def _pass(self, trial: Trial) -> None:
+        """A probe's answer has ended well, or has gone on well for long enough."""
+        self._probes.discard(trial)
+        self._passed += 1
+        if self._open_until is not None and self._passed >= self._limits.cb_success_threshold:
+            self._close()
+
+    def _ripen(self) -> None:
+        ripe = self._clock() - self._limits.cb_timeout
+        for trial in tuple(self._probes):
+            if trial.outcome and trial.at <= ripe:
+                self._pass(trial)
 
     def _judge(self, trial: Trial) -> None:
         if not self._limits.circuit_breaker:

@@ -154,8 +154,7 @@ class Dispatcher:
     def leave(self, seat: Seat) -> None:
         """End an attempt; what its instances were not told of it is not theirs to answer for."""
         for trial in seat.trials.values():
-            if not trial.outcome:
-                trial.neutral("left")
+            trial.over()
         for instance, ticket in seat.tickets:
             self._fleet.ended(instance, ticket)
         seat.tickets.clear()

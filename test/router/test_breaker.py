@@ -38,7 +38,9 @@ def fails(breaker: Breaker, times: int = 1) -> None:
 
 def works(breaker: Breaker, times: int = 1) -> None:
     for _ in range(times):
-        breaker.begin().succeeded()
+        trial = breaker.begin()
+        trial.succeeded()
+        trial.over()
 
 
 def test_it_opens_on_a_share_of_its_latest_traffic():
@@ -88,6 +90,7 @@ def test_probes_close_it_or_open_it_again():
     probes = [a.begin(), a.begin()]
     assert not a.admits, "as many probes as must succeed, no more"
     probes[0].succeeded()
+    probes[0].over()
     assert a.state is Circuit.HALF_OPEN
     probes[1].failure("broken")
     assert a.state is Circuit.OPEN
@@ -138,6 +141,9 @@ def test_after_it_has_closed_a_few_failures_open_it_again():
     probes = [a.begin(), a.begin()]
     for trial in probes:
         trial.succeeded()
+    assert not a.admits, "an answer that has begun may still break"
+    clock.now += 5.1  # it has gone on for long enough
+    assert a.admits
     assert a.state is Circuit.CLOSED
     for trial in probes:
         trial.failure("stream")
