@@ -69,6 +69,7 @@ STAR: Final = Group(
                 "gemma": Command("a second model to measure on", "sglang_star_bench.gemma"),
                 "calibration": Command("the router's correction", "sglang_star_bench.calibration"),
                 "router": Command("time per request of the router", "sglang_star_bench.router"),
+                "chaos": Command("failing engines behind a router", "sglang_star_bench.chaos"),
             },
         ),
         "keys": Command("the fleet key", "sglang_star.keys_command"),

@@ -20,7 +20,9 @@ from sglang_star_router.config import RouterConfig
 from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.door import FLEET_PATHS, OPEN_PATHS, Door
 from sglang_star_router.engine import EngineClient
+from sglang_star_router.fault_views import fault_metrics
 from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.forwarding import request_block
 from sglang_star_router.health import Health
 from sglang_star_router.intake import CONTROL_BYTES, Intake
 from sglang_star_router.ledger import Ledger
@@ -29,13 +31,14 @@ from sglang_star_router.paths import PATHS
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.registry import make_dispatch, make_rescheduler
-from sglang_star_router.proxy import Proxy, request_block
+from sglang_star_router.proxy import Proxy
 from sglang_star_router.relay import Relayed
 from sglang_star_router.replies import Rejected, json_reply, rejection
 from sglang_star_router.rescheduler import OrderSender, Rescheduler
 from sglang_star_router.snapshot import Snapshots
 from sglang_star_router.star_api import StarApi
 from sglang_star_router.telemetry import StatusFeed
+from sglang_star_router.upkeep import Upkeep
 from sglang_star_router.upstream import Pool
 from sglang_star_router.views import fleet_metrics
 
@@ -75,7 +78,7 @@ class Router:
     ) -> None:
         oracle = config.rescheduler == "oracle"
         self.config = config
-        self.fleet = Fleet(config.members, calibrate=config.calibrate)
+        self.fleet = Fleet(config.members, calibrate=config.calibrate, limits=config.faults)
         self.metrics = Metrics(config.prometheus_duration_buckets)
         self.door = Door(config, self.metrics)
         self.closing = Closing()
@@ -136,7 +139,9 @@ class Router:
                 interval_s=config.rescheduler_interval,
                 max_moves=config.max_moves,
                 max_moves_per_second=config.max_moves_per_second,
+                stale_s=config.status_stale,
             )
+        self.upkeep = Upkeep(self.ledger.expire, self.health.listen)
         self._turn = 0
         self.metrics.add_source(self._collect)
 
@@ -176,8 +181,10 @@ class Router:
     async def _running(self, app: web.Application) -> AsyncIterator[None]:
         """Run the background work while the application serves."""
         self.health.start()
+        upkeep = asyncio.create_task(self.upkeep.run())
         loop = asyncio.create_task(self.rescheduler.run()) if self.rescheduler else None
         yield
+        upkeep.cancel()
         if loop is not None and self.rescheduler is not None:
             loop.cancel()
             await asyncio.gather(loop, return_exceptions=True)
@@ -316,7 +323,10 @@ class Router:
         return json_reply(infos)
 
     def _collect(self) -> Iterable[Metric]:
-        return fleet_metrics(self.fleet, self.ledger, self.dispatcher, self.feed, self.rescheduler)
+        yield from fleet_metrics(
+            self.fleet, self.ledger, self.dispatcher, self.feed, self.rescheduler
+        )
+        yield from fault_metrics(self.fleet, self.dispatcher, self.proxy, self.health, self.upkeep)
 
 
 def _without_secrets(info: Any) -> Any:

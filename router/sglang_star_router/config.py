@@ -12,6 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sglang_star.errors import ConfigError
+from sglang_star_router import faults
+from sglang_star_router.faults import FaultLimits
 from sglang_star_router.peer_flags import refuse_flags
 from sglang_star_router.policy.registry import DISPATCH_NAMES, RESCHEDULER_NAMES
 
@@ -141,7 +143,6 @@ class RouterConfig:
     health_success_threshold: int = 1
     queue_size: int = 1024
     queue_timeout: float = 60.0
-    max_retries: int = 3
     max_payload_bytes: int = 64 * 1024 * 1024
     max_buffered_bytes: int = 2 * 1024 * 1024 * 1024
     max_concurrent_requests: int = -1
@@ -152,6 +153,7 @@ class RouterConfig:
     prometheus_duration_buckets: tuple[float, ...] = ()
     log_dir: str | None = None
     log_level: str = "info"
+    faults: FaultLimits = field(default_factory=FaultLimits)
 
     @property
     def disaggregated(self) -> bool:
@@ -193,7 +195,7 @@ class RouterConfig:
         for name in ("max_moves", "health_failure_threshold", "health_success_threshold"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("queue_size", "max_retries", "move_cooldown", "sse_keepalive",
+        for name in ("queue_size", "move_cooldown", "sse_keepalive",
                      "shutdown_grace", "rate_limit"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must not be negative")
@@ -277,7 +279,6 @@ def build_parser() -> argparse.ArgumentParser:
     option(server, "request_timeout", "Longest time one request may take.")
     option(server, "shutdown_grace", "Time that open requests get to end on SIGTERM.")
     option(server, "sse_keepalive", "Time between comments to a stream that is held; 0 sends none.")
-    option(server, "max_retries", "Other instances tried when one fails before its first byte.")
     option(server, "prometheus_port", "Serve /metrics on this port too; 0 is off.")
     option(server, "prometheus_host", "Address of that port.")
     server.add_argument("--prometheus-duration-buckets", nargs="+", type=float, metavar="S",
@@ -350,6 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
     option(health, "health_check_timeout", "Longest time a check may take.")
     option(health, "health_failure_threshold", "Failed checks before an instance is excluded.")
     option(health, "health_success_threshold", "Passed checks before it is admitted again.")
+    faults.add_arguments(parser)
     return parser
 
 
@@ -381,7 +383,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     )
     for name in ("cors_allowed_origins", "ca_cert_paths", "prometheus_duration_buckets"):
         args[name] = tuple(args[name])
-    return RouterConfig(members=members, **args)
+    return RouterConfig(members=members, faults=faults.take(args), **args)
 
 
 def _log_level(text: str) -> str:

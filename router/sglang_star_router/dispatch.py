@@ -8,22 +8,33 @@ queue full, gets an honest refusal with ``Retry-After``.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
+from bisect import insort
+from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from sglang_star_router.breaker import Trial
 from sglang_star_router.calls import Call
 from sglang_star_router.fleet import Dispatch, Fleet, Instance
 from sglang_star_router.policy.base import DispatchPolicy
 from sglang_star_router.policy.holding import retry_order
-from sglang_star_router.policy.snapshot import Arrival
+from sglang_star_router.policy.snapshot import Arrival, FleetSnapshot, Placement
+from sglang_star_router.policy.static import LeastTokens
 from sglang_star_router.replies import Rejected
 from sglang_star_router.snapshot import Snapshots
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_CHANGE_S = 0.005
 """Changes of the fleet are gathered for so long before held requests are tried again."""
 RETRY_ANYHOW_S = 0.1
 """They are tried again at least this often: a policy may also wait for time to pass."""
+RATE_SEATS = 32
+"""Held requests seated last, from which the queue's speed is told."""
+LONGEST_RETRY_AFTER_S = 60
 FAILURES = 4
 """Held requests in a row that find no room before the rest is left for the next change."""
 
@@ -35,11 +46,19 @@ class Seat:
     Attributes:
         decode: instance that streams to the client; prefill: its partner, None if aggregated.
         tickets: what the cluster counts until the attempt ends.
+        trials: what their breakers are to be told, by URL.
+        prompt_tokens: estimate.
     """
 
     decode: Instance
     prefill: Instance | None
+    prompt_tokens: int = 0
     tickets: list[tuple[Instance, Dispatch]] = field(default_factory=list)
+    trials: dict[str, Trial] = field(default_factory=dict)
+
+    def trial(self, instance: Instance) -> Trial:
+        """The trial of one of its instances."""
+        return self.trials[instance.endpoint.url]
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +75,7 @@ class Dispatcher:
     Attributes:
         sequence: arrivals seated so far; held: those that had to wait.
         refused: those sent away, by HTTP status.
+        policy_errors: decisions of a policy that failed, by its name; another one took them.
 
     Args:
         hold_deadline_s: how long a held request may wait and still be in time; later it yields
@@ -79,6 +99,7 @@ class Dispatcher:
         self.sequence = 0
         self.held = 0
         self.refused: dict[int, int] = {429: 0, 503: 0}
+        self.policy_errors: Counter[str] = Counter()
         self._fleet = fleet
         self._policy = decode_policy
         self._snapshots = decode_snapshots
@@ -90,6 +111,9 @@ class Dispatcher:
         self._hold_deadline_s = hold_deadline_s
         self._true_lengths = true_lengths
         self._timer: asyncio.TimerHandle | None = None
+        self._plain = LeastTokens()
+        self._said: set[str] = set()
+        self._left_at: deque[float] = deque(maxlen=RATE_SEATS)
         fleet.watch(self._on_change)
 
     @property
@@ -108,21 +132,27 @@ class Dispatcher:
         if waiting >= self._queue_size and any(self._in_time(one, now) for one in self._queue):
             raise self._refusal(429, f"{waiting} requests are waiting already", close=True)
 
-    async def seat(self, call: Call, rid: str, excluded: Collection[str]) -> Seat:
+    async def seat(
+        self, call: Call, rid: str, excluded: Collection[str], since: float | None = None
+    ) -> Seat:
         """Choose instances for a request, waiting if the policy says so.
 
         Args:
             excluded: URLs that have failed this request already.
+            since: it has been seated before and came at this time: it waits for nobody in the
+                queue, and takes its old place there if it must.
 
         Raises:
             Rejected: no instance is left, the queue is full, or the wait was too long.
         """
-        arrival = self._arrival(call, rid)
-        if not any(self._in_time(one, arrival.arrived_s) for one in self._queue):
+        arrival = self._arrival(call, rid, since)
+        if since is not None or not any(
+            self._in_time(one, arrival.arrived_s) for one in self._queue
+        ):
             seat = self._try(call, arrival, excluded)
             if seat is not None:
                 return seat
-        if len(self._queue) >= self._queue_size:
+        if since is None and len(self._queue) >= self._queue_size:
             raise self._refusal(429, f"{len(self._queue)} requests are waiting already")
         return await self._hold(call, arrival, excluded)
 
@@ -133,14 +163,24 @@ class Dispatcher:
         del seat.tickets[1:]
 
     def leave(self, seat: Seat) -> None:
-        """End an attempt."""
+        """End an attempt; what its instances were not told of it is not theirs to answer for."""
+        for trial in seat.trials.values():
+            trial.over()
         for instance, ticket in seat.tickets:
             self._fleet.ended(instance, ticket)
         seat.tickets.clear()
 
+    def others(self, instance: Instance, excluded: Collection[str]) -> set[str]:
+        """URLs of instances of the same role that could take what failed on ``instance``."""
+        return {
+            one.endpoint.url
+            for one in self._fleet.of_role(instance.role)
+            if one is not instance and one.healthy and not one.draining
+        } - set(excluded)
+
     # ------------------------------------------------------------------ one decision
 
-    def _arrival(self, call: Call, rid: str) -> Arrival:
+    def _arrival(self, call: Call, rid: str, since: float | None) -> Arrival:
         prompt = call.prompt_tokens(self._fleet.tokens_of)
         longest = max((one.context_limit for one in self._fleet.decoding()), default=0)
         if longest:
@@ -152,7 +192,7 @@ class Dispatcher:
             rid=rid,
             prompt_tokens=prompt,
             max_new_tokens=total,
-            arrived_s=time.monotonic(),
+            arrived_s=time.monotonic() if since is None else since,
             true_output_tokens=float(total) if self._true_lengths else float("nan"),
         )
 
@@ -166,12 +206,13 @@ class Dispatcher:
         if not any(one.healthy for one in candidates):
             raise self._refusal(503, _why_nobody(self._fleet.decoding()))
         snapshot = self._snapshots.for_arrival(excluded, held=len(self._queue))
-        placement = self._policy.place(snapshot, arrival, self.sequence)
+        placement = self._place(self._policy, snapshot, arrival)
         if placement.reject:
             raise self._refusal(429, "the fleet is saturated and cannot serve this in time")
         if placement.instance is None:
             return None
-        seat = Seat(self._named(placement.instance), self._partner(arrival, excluded))
+        partner = self._partner(arrival, excluded)
+        seat = Seat(self._named(placement.instance), partner, arrival.prompt_tokens)
         self.sequence += 1
         for instance in (seat.decode, seat.prefill):
             if instance is not None:
@@ -183,6 +224,7 @@ class Dispatcher:
                     arrival.max_new_tokens,
                 )
                 seat.tickets.append((instance, ticket))
+                seat.trials[instance.endpoint.url] = instance.breaker.begin()
         return seat
 
     def _partner(self, arrival: Arrival, excluded: Collection[str]) -> Instance | None:
@@ -190,10 +232,28 @@ class Dispatcher:
             return None
         snapshot = self._prefill_snapshots.for_arrival(excluded)
         arrival = replace(arrival, max_new_tokens=1)
-        placement = self._prefill_policy.place(snapshot, arrival, self.sequence)
+        placement = self._place(self._prefill_policy, snapshot, arrival)
         if placement.instance is None:
             raise self._refusal(503, _why_nobody(self._fleet.of_role("prefill")))
         return self._named(placement.instance)
+
+    def _place(
+        self, policy: DispatchPolicy, snapshot: FleetSnapshot, arrival: Arrival
+    ) -> Placement:
+        """Ask a policy; where it fails, the plain one decides, so that a defect refuses nobody."""
+        try:
+            placement = policy.place(snapshot, arrival, self.sequence)
+            if placement.instance is None or self._fleet.find(placement.instance) is not None:
+                return placement
+            raise LookupError(f"{placement.instance!r} is not in the fleet")
+        except Exception as error:
+            self.policy_errors[policy.name] += 1
+            if repr(error) not in self._said:
+                self._said.add(repr(error))
+                logger.exception(
+                    "policy %s failed; %s decides in its place", policy.name, self._plain.name
+                )
+            return self._plain.place(snapshot, arrival, self.sequence)
 
     def _named(self, name: str) -> Instance:
         instance = self._fleet.find(name)
@@ -204,14 +264,38 @@ class Dispatcher:
     def _refusal(self, status: int, message: str, *, close: bool = False) -> Rejected:
         self.refused[status] += 1
         kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
-        return Rejected(message, status=status, kind=kind, retry_after_s=1, close=close)
+        return Rejected(
+            message,
+            status=status,
+            kind=kind,
+            retry_after_s=self.retry_after_s(),
+            close=close,
+        )
+
+    def retry_after_s(self) -> int:
+        """When a client should come again, seconds: once the queue before it will have gone.
+
+        As long as nobody has left the queue lately, as long again as the oldest has waited.
+        """
+        if not self._queue:
+            return 1
+        now = time.monotonic()
+        oldest = now - self._queue[0].arrival.arrived_s
+        seats = [at for at in self._left_at if now - at < LONGEST_RETRY_AFTER_S]
+        if len(seats) >= 2:
+            each = (now - seats[0]) / len(seats)
+            wait = (len(self._queue) + 1) * each
+        else:
+            wait = oldest
+        return max(1, min(LONGEST_RETRY_AFTER_S, math.ceil(wait)))
 
     # ------------------------------------------------------------------ holding
 
     async def _hold(self, call: Call, arrival: Arrival, excluded: Collection[str]) -> Seat:
         seated: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
         held = _Held(call, arrival, excluded, seated)
-        self._queue.append(held)
+        # Oldest first, as the retries expect: one that comes back takes its old place.
+        insort(self._queue, held, key=lambda one: one.arrival.arrived_s)
         self.held += 1
         self._retry_in(RETRY_ANYHOW_S)
         try:
@@ -273,6 +357,7 @@ class Dispatcher:
             if seat is None:
                 return False
             held.seated.set_result(seat)
+            self._left_at.append(time.monotonic())
         self._queue.remove(held)
         return True
 

@@ -9,7 +9,7 @@ import orjson
 
 from sglang_star.errors import PeerError
 from sglang_star_router.fleet import Instance
-from sglang_star_router.upstream import Exchange, Pool
+from sglang_star_router.upstream import Pool, UpstreamLost
 
 
 class EngineClient:
@@ -45,17 +45,25 @@ class EngineClient:
             f"Accept: application/json\r\n{authorization}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode() + body
-        exchange: Exchange | None = None
         try:
             async with asyncio.timeout(timeout_s or self._timeout_s):
-                exchange = await self._pool.send(instance.endpoint, (block,))
-                head = await exchange.opened
-                return head.status, await exchange.collect()
+                try:
+                    return await self._exchange(instance, block)
+                except UpstreamLost as error:
+                    if not error.stale:
+                        raise
+                # A kept connection that the server had closed says nothing about it.
+                return await self._exchange(instance, block)
         except TimeoutError:
             raise PeerError(f"{method} {path} at {instance.name}: no answer in time") from None
+
+    async def _exchange(self, instance: Instance, block: bytes) -> tuple[int, bytes]:
+        exchange = await self._pool.send(instance.endpoint, (block,))
+        try:
+            head = await exchange.opened
+            return head.status, await exchange.collect()
         finally:
-            if exchange is not None:
-                exchange.abort()
+            exchange.abort()
 
     async def json(
         self, instance: Instance, method: str, path: str, payload: object = None

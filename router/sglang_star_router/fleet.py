@@ -12,12 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 from sglang_star.errors import ConfigError
 from sglang_star.protocol import Advertisement, InstanceStatus, MoveReport
+from sglang_star_router.breaker import Breaker
 from sglang_star_router.config import Endpoint, Member
 from sglang_star_router.exchange import Obstacles
+from sglang_star_router.faults import FaultLimits
 from sglang_star_router.lengths import Lengths
+from sglang_star_router.line import Line
 from sglang_star_router.policy.snapshot import RESERVE_EACH
 from sglang_star_router.table import RequestTable
 
@@ -68,6 +72,8 @@ class Instance:
         reserve_each: KV tokens its admission keeps free for every active request; SGLang's
             default for an instance that does not say.
         dispatches: requests sent here that have not ended.
+        bootstrap_port: of a prefill instance; reported_port: what it said of it last.
+        breaker: how attempts here went; line: what is under way.
     """
 
     endpoint: Endpoint
@@ -90,6 +96,9 @@ class Instance:
     restarts: int = 0
     dispatches: set[Dispatch] = field(default_factory=set)
     by_rid: dict[str, Dispatch] = field(default_factory=dict)
+    reported_port: int = 0
+    breaker: Breaker = field(default_factory=lambda: Breaker(FaultLimits()))
+    line: Line = field(default_factory=Line)
 
     @property
     def guest_reserve(self) -> int:
@@ -111,6 +120,10 @@ class Instance:
         """Age of the status; infinite if there is none."""
         return now - self.status_at if self.status is not None else float("inf")
 
+    def alive(self, now: float, stale_s: float) -> bool:
+        """Whether it is healthy and its status, if it has one, fresh: moves off it can work."""
+        return self.healthy and (self.status is None or now - self.status_at <= stale_s)
+
 
 class Fleet:
     """All instances, the lengths of what finished, and when each request last moved.
@@ -121,13 +134,22 @@ class Fleet:
         obstacles: between which instances no request can move.
     """
 
-    def __init__(self, members: tuple[Member, ...], *, calibrate: bool = True) -> None:
+    def __init__(
+        self,
+        members: tuple[Member, ...],
+        *,
+        calibrate: bool = True,
+        limits: FaultLimits | None = None,
+    ) -> None:
         self.instances: dict[str, Instance] = {}
+        limits = limits or FaultLimits()
         for member in members:
             url = member.endpoint.url
-            self.instances[url] = Instance(
-                member.endpoint, member.role, member.bootstrap_port, name=url
-            )
+            instance = self.instances[url] = Instance(
+                member.endpoint, member.role, member.bootstrap_port, name=url,
+                breaker=Breaker(limits),
+            )  # fmt: skip
+            instance.breaker.others = partial(self._stand_ins, instance)
         self.version = 0
         self.lengths = Lengths(calibrate=calibrate)
         self.obstacles = Obstacles()
@@ -147,6 +169,13 @@ class Fleet:
     def decoding(self) -> list[Instance]:
         """Instances that decode."""
         return self.of_role("decode", "aggregated")
+
+    def _stand_ins(self, instance: Instance) -> list[Breaker]:
+        """Breakers of the instances that could serve instead of ``instance``."""
+        return [
+            one.breaker for one in self.of_role(instance.role)
+            if one is not instance and one.healthy and not one.draining
+        ]  # fmt: skip
 
     def find(self, name: str) -> Instance | None:
         """Look an instance up by its name or its URL."""

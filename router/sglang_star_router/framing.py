@@ -19,6 +19,7 @@ HOP_BY_HOP: Final = frozenset(
 """Headers that belong to one connection; ``transfer-encoding`` is passed on with the framing."""
 
 MAX_LINE: Final = 16 * 1024
+_X: Final = (b"x", b"X")
 
 
 class FramingError(Exception):
@@ -58,13 +59,13 @@ class ResponseHead:
         if not status_line.startswith(b"HTTP/1.") or not status_line[9:12].isdigit():
             raise FramingError(f"not an HTTP/1 status line: {status_line[:80]!r}")
         status = int(status_line[9:12])
-        reusable = status_line.startswith(b"HTTP/1.1")
+        modern = reusable = status_line.startswith(b"HTTP/1.1")
         kept, content_type = [status_line], b""
         length: int | None = None
         chunked = False
         for line in headers:
             name, colon, value = line.partition(b":")
-            if not colon:
+            if not colon or name != name.strip():
                 raise FramingError(f"not a header: {line[:80]!r}")
             name = name.lower()
             if name == b"connection":
@@ -74,18 +75,24 @@ class ResponseHead:
             if name == b"content-type":
                 content_type = value.strip().lower()
             elif name == b"transfer-encoding":
-                chunked = value.strip().lower() == b"chunked"
-                if not chunked:
+                if chunked or value.strip().lower() != b"chunked":
                     raise FramingError(f"unknown transfer coding {value[:80]!r}")
+                if not modern:
+                    raise FramingError("chunked framing in an HTTP/1.0 response")
+                chunked = True
             elif name == b"content-length":
                 if not value.strip().isdigit():
                     raise FramingError(f"bad content length {value[:80]!r}")
+                if length not in (None, int(value)):
+                    raise FramingError("two content lengths")
                 length = int(value)
             kept.append(line)
         if bodiless or status in (204, 304) or status < 200:
             length, chunked = 0, False
-        elif chunked:
-            length = None
+        elif chunked and length is not None:
+            # Two framings: chunks win, and nobody further on may read it otherwise.
+            kept = [line for line in kept if line[:15].lower() != b"content-length:"]
+            length, reusable = None, False
         return cls(
             status, tuple(kept), content_type, length, chunked,
             reusable and (chunked or length is not None),
@@ -144,12 +151,14 @@ class ChunkScanner:
                     self.done = True
                     return position
                 continue
+            digits = line if line.isalnum() else line.split(b";", 1)[0].strip()
+            # int() would also take a sign, underscores and 0x.
+            if not digits.isalnum() or digits[1:2] in _X:
+                raise FramingError(f"not a chunk size: {line[:80]!r}")
             try:
-                length = int(line.split(b";", 1)[0], 16)
+                length = int(digits, 16)
             except ValueError:
                 raise FramingError(f"not a chunk size: {line[:80]!r}") from None
-            if length < 0:
-                raise FramingError(f"negative chunk size {length}")
             self._skip = length + 2 if length else 0
             self._trailers = not length
         self.at_boundary = self._skip == 0 and not self._trailers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +21,20 @@ from sglang_star_router.config import RouterConfig
 from sglang_star_router.engine import EngineClient
 from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.policy.snapshot import RESERVE_EACH
+from sglang_star_router.upstream import OutOfResources
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BOOTSTRAP_PORT = 8998
+DOWN_INTERVAL_S = 1.0
+"""What is down, or has just failed a check, is looked at this often, so that it is known soon."""
 
 
 class Health:
     """Checks instances periodically, and at once when something suspicious happens.
+
+    Attributes:
+        errors: checks that failed because of the router itself, by what it was.
 
     Args:
         described: called after an instance's description has changed.
@@ -46,6 +53,10 @@ class Health:
         self._described = described
         self._wake: dict[str, asyncio.Event] = {url: asyncio.Event() for url in fleet.instances}
         self._tasks: list[asyncio.Task[None]] = []
+        self.errors: Counter[str] = Counter()
+        self._silenced: set[str] = set()
+        # Early enough that this and a check that times out come to less than two intervals.
+        self._quiet_s = config.health_check_interval / 4
 
     def start(self) -> None:
         """Begin to check."""
@@ -60,12 +71,22 @@ class Health:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def suspect(self, instance: Instance, reason: str) -> None:
-        """Exclude an instance whose connection failed, and check it without waiting."""
-        if instance.healthy:
+    def suspect(self, instance: Instance, reason: str = "") -> None:
+        """Check an instance without waiting.
+
+        Args:
+            reason: it does not even accept connections, for this reason: exclude it until then.
+        """
+        if reason and instance.healthy:
             self._exclude(instance, reason)
-        instance.successes = 0
+            instance.successes = 0
         self._wake[instance.endpoint.url].set()
+
+    def listen(self) -> None:
+        """Check at once what is silent for a while although answers are waited for."""
+        for instance in self._fleet:
+            if instance.healthy and self._mute(instance):
+                self._wake[instance.endpoint.url].set()
 
     def doubt(self, instance: Instance) -> None:
         """Describe an instance again: it speaks as if it were another one or had restarted."""
@@ -74,25 +95,32 @@ class Health:
 
     async def check(self, instance: Instance) -> None:
         """Check one instance once; never raises for what an instance does."""
+        mute = self._mute(instance)
         try:
-            status, _ = await self._engine.call(
-                instance,
-                "GET",
-                self._config.health_check_endpoint,
-                timeout_s=self._config.health_check_timeout,
-            )
-            if status != 200:
-                raise PeerError(f"{self._config.health_check_endpoint} answered {status}")
-            if not instance.described or self._silent(instance):
+            # What was excluded for its silence has to generate before it comes back.
+            await self._ask(instance, generate=mute or instance.endpoint.url in self._silenced)
+            if not instance.described or not instance.healthy or self._silent(instance):
                 await self._describe(instance)
+        except OutOfResources as error:
+            self._note_own(instance, "descriptors", error)
+            return
         except StarError as error:
             instance.successes = 0
             instance.failures += 1
-            # A refused instance, unlike a slow one, will not do better at the next check.
-            hopeless = isinstance(error, ConfigError | VersionMismatch)
+            # A refused instance, unlike a slow one, will not do better at the next check; and
+            # one that is silent about its requests has failed them already.
+            if mute and not self._mute(instance):
+                # It has come to itself; what it was silent about may be lost there.
+                mute = False
+                self._send_elsewhere(instance, f"it was silent: {error}", self._quiet_s)
+            hopeless = mute or isinstance(error, ConfigError | VersionMismatch)
             if hopeless or instance.failures >= self._config.health_failure_threshold:
+                if mute:
+                    self._silenced.add(instance.endpoint.url)
                 self._exclude(instance, str(error))
+                self._send_elsewhere(instance, f"it is excluded: {error}")
             return
+        self._silenced.discard(instance.endpoint.url)
         instance.failures = 0
         instance.successes += 1
         if not instance.healthy and instance.successes >= self._config.health_success_threshold:
@@ -104,18 +132,57 @@ class Health:
 
     async def _watch(self, instance: Instance) -> None:
         wake = self._wake[instance.endpoint.url]
+        interval = self._config.health_check_interval
         while True:
             wake.clear()
-            await self.check(instance)
-            # What is down is looked at more often, so that it comes back soon.
-            interval = self._config.health_check_interval
             try:
-                async with asyncio.timeout(interval if instance.healthy else min(interval, 1.0)):
+                await self.check(instance)
+            except Exception as error:
+                # A watcher that ended would leave the instance as it last was, for ever.
+                self._note_own(instance, type(error).__name__, error)
+            well = instance.healthy and not instance.failures
+            try:
+                async with asyncio.timeout(interval if well else min(interval, DOWN_INTERVAL_S)):
                     await wake.wait()
                 # A status from a new incarnation wakes us for every message: keep a pace.
                 await asyncio.sleep(0.05)
             except TimeoutError:
                 pass
+
+    async def _ask(self, instance: Instance, *, generate: bool) -> None:
+        """Ask for its health, and whether it generates.
+
+        Raises:
+            PeerError: it is not well.
+        """
+        timeout_s = self._config.health_check_timeout
+        paths = [self._config.health_check_endpoint]
+        if generate:
+            paths.append("/health_generate")
+        for path in paths:
+            status, _ = await self._engine.call(instance, "GET", path, timeout_s=timeout_s)
+            if status != 200 and (status, path) != (404, "/health_generate"):
+                raise PeerError(f"{path} answered {status}")
+        if generate:
+            # It has answered for itself: give its requests as long again.
+            instance.line.heard_at = time.monotonic()
+
+    def _mute(self, instance: Instance) -> bool:
+        return instance.line.silence_s() >= self._quiet_s
+
+    def _send_elsewhere(self, instance: Instance, reason: str, waited_s: float = 0.0) -> None:
+        """Try elsewhere what has not begun to be answered, if there is an elsewhere."""
+        others = self._fleet.of_role(instance.role)
+        if any(one.healthy for one in others if one is not instance):
+            count = instance.line.give_up(f"{instance.name} is given up: {reason}", waited_s)
+            if count:
+                logger.warning("%d requests leave %s unanswered", count, instance.name)
+
+    def _note_own(self, instance: Instance, what: str, error: Exception) -> None:
+        """Count a check that failed at this end; the instance is left as it was."""
+        self.errors[what] += 1
+        if self.errors[what] == 1:
+            logger.error("the router's check of %s failed", instance.name, exc_info=error)
 
     def _silent(self, instance: Instance) -> bool:
         """Whether a STAR instance publishes nothing: it may have restarted on other ports."""
@@ -149,12 +216,24 @@ class Health:
         instance.kv_capacity = _number(info.get("max_total_num_tokens"))
         reserve = info.get("num_reserved_decode_tokens")
         instance.reserve_each = reserve if isinstance(reserve, int) else RESERVE_EACH
-        if instance.role == "prefill" and instance.bootstrap_port is None:
-            instance.bootstrap_port = (
-                _number(info.get("disaggregation_bootstrap_port")) or DEFAULT_BOOTSTRAP_PORT
-            )
+        if instance.role == "prefill":
+            self._bootstrap(instance, _number(info.get("disaggregation_bootstrap_port")))
         self._fleet.describe(instance, advertisement)
         self._described(instance)
+
+    def _bootstrap(self, instance: Instance, reported: int) -> None:
+        """Follow a prefill instance to another bootstrap port.
+
+        A port given on the command line holds, for the reported one may lie behind a port mapping,
+        until the instance reports another than before.
+        """
+        moved = instance.reported_port not in (0, reported)
+        if instance.bootstrap_port is None or moved:
+            now = reported or DEFAULT_BOOTSTRAP_PORT
+            if instance.bootstrap_port not in (None, now):
+                logger.warning("%s takes part at bootstrap port %d now", instance.name, now)
+            instance.bootstrap_port = now
+        instance.reported_port = reported
 
     def _advertisement(self, info: dict[str, Any]) -> Advertisement | None:
         """Return what the instance says of STAR, None for plain SGLang if that is acceptable."""

@@ -17,6 +17,7 @@ from aiohttp import web
 from sglang_star.errors import SetupError, StarError
 from sglang_star_router.app import Router
 from sglang_star_router.config import RouterConfig, configure_logging, parse_args
+from sglang_star_router.descriptors import raise_soft_limit
 from sglang_star_router.listener import Listener
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def _binding(host: str, port: int, host_flag: str, port_flag: str) -> Iterator[N
 def launch(config: RouterConfig) -> None:
     """Run a router in this process until it is told to stop."""
     configure_logging(config.log_level, config.log_dir)
+    raise_soft_limit()
     uvloop.run(serve(Router(config)))
 
 

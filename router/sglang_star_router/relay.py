@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from typing import Final
 
 from aiohttp import web
@@ -49,7 +51,9 @@ class Relayed(web.StreamResponse):
 class _Client:
     """Writes to the client and holds the instance back while the client does not keep up."""
 
-    __slots__ = ("_draining", "_exchange", "_pending", "_request", "_transport", "last", "path")
+    __slots__ = (
+        "_draining", "_exchange", "_pending", "_request", "_transport", "last", "old", "path",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -65,6 +69,12 @@ class _Client:
         self._pending = head
         self._draining: asyncio.Task[None] | None = None
         self.last = b""
+        self.old = request.version < (1, 1)
+
+    @property
+    def behind(self) -> bool:
+        """The client does not keep up: the instance is silent because it is not read."""
+        return self._draining is not None
 
     def __call__(self, data: bytes) -> None:
         self.last = data
@@ -92,13 +102,18 @@ class _Client:
 
 
 async def relay(
-    request: web.Request, exchange: Exchange, head: ResponseHead, deadline: float
+    request: web.Request,
+    exchange: Exchange,
+    head: ResponseHead,
+    deadline: float,
+    silence_s: float = math.inf,
 ) -> Relayed:
     """Pass a response through.
 
     Args:
         exchange: its ``opened`` has resolved to ``head``.
         deadline: loop time at which the instance is given up.
+        silence_s: silence after which it is, too.
 
     Raises:
         ConnectionResetError: the client has gone.
@@ -115,22 +130,22 @@ async def relay(
     extra = request.get(early.EXTRA_HEAD, b"")
     out = _head_bytes(head, old_client, response.stays, extra) if begun is None else b""
     client = _Client(request, transport, exchange, out)
-    exchange.relay(client)
     try:
-        async with asyncio.timeout_at(deadline):
-            await exchange.finished
+        exchange.relay(client)
+        await _finished(client, exchange, deadline, silence_s)
         client.finish()
         if not response.stays:
             await request.writer.drain()
-    except UpstreamLost as error:
-        _end_badly(client, transport, exchange, head, response, error.message)
-    except TimeoutError:
-        _end_badly(
-            client, transport, exchange, head, response, "not finished within the time limit"
-        )
+    except (UpstreamLost, TimeoutError) as error:
+        _end_badly(client, transport, exchange, head, response, str(error))
     except asyncio.CancelledError:
         if request.app[CUT]:
             _end_badly(client, transport, exchange, head, response, "the router shuts down")
+        raise
+    except Exception as error:
+        if not isinstance(error, ConnectionError):
+            # The head is out: an error page would be read as part of the answer.
+            transport.abort()
         raise
     return response
 
@@ -144,6 +159,26 @@ async def _as_event(begun: early.Early, exchange: Exchange, head: ResponseHead) 
         response.lost = True
         begun.end(openai_error(error.message, 502, "upstream_error"))
     return response
+
+
+async def _finished(client: _Client, exchange: Exchange, deadline: float, silence_s: float) -> None:
+    """Wait until the whole response has been handed on.
+
+    Raises:
+        UpstreamLost: the instance broke off.
+        TimeoutError: it takes too long.
+    """
+    loop = asyncio.get_running_loop()
+    while not exchange.finished.done():
+        left = exchange.heard_at + silence_s - time.monotonic()
+        if left <= 0 and client.behind:
+            left = silence_s
+        elif left <= 0:
+            raise TimeoutError(f"nothing came for {silence_s:g} s")
+        if loop.time() >= deadline:
+            raise TimeoutError("not finished within the time limit")
+        await asyncio.wait((exchange.finished,), timeout=min(left, deadline - loop.time()))
+    await exchange.finished
 
 
 def _head_bytes(head: ResponseHead, old_client: bool, stays: bool, extra: bytes) -> bytes:
@@ -165,7 +200,6 @@ def _end_badly(
 ) -> None:
     """End a stream that has begun: with an error event where one fits, else by hanging up."""
     response.lost = True
-    response.stays = False
     logger.warning("stream broken: %s", message)
     scanner = exchange.scanner
     if (
@@ -173,11 +207,14 @@ def _end_badly(
         and scanner is not None
         and scanner.at_boundary
     ):
-        gap = b"" if client.last.endswith(b"\n\n\r\n") else b"\n\n"
-        event = gap + sse_error(
-            f"the instance failed: {message}", 502, "upstream_error", client.path
-        )
-        transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event))
+        whole = client.last.endswith(b"\n\n" if client.old else b"\n\n\r\n")
+        event = b"" if whole else b"\n\n"
+        event += sse_error(f"the instance failed: {message}", 502, "upstream_error", client.path)
+        if not client.old:
+            # The framing is whole, and the head has promised that the connection stays.
+            event = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
+        transport.write(event)
         return
+    response.stays = False
     # A truncated body must look truncated: whatever we appended could pass for the answer.
     transport.abort()

@@ -117,6 +117,7 @@ class Rescheduler:
         interval_s: float,
         max_moves: int,
         max_moves_per_second: float,
+        stale_s: float = float("inf"),
     ) -> None:
         self.errors = 0
         self.rounds = 0
@@ -129,6 +130,7 @@ class Rescheduler:
         self._interval_s = interval_s
         self._max_moves = max_moves
         self._rate = max_moves_per_second
+        self._stale_s = stale_s
         self._allowance = max(1.0, max_moves_per_second)
         self._refilled_s = time.monotonic()
         self._sending: set[asyncio.Task[None]] = set()
@@ -194,6 +196,10 @@ class Rescheduler:
         except OrderRefused as error:
             self.skipped["endpoints"] += 1
             logger.info("%s stays on %s: %s", order.rid, order.source, error)
+            return
+        # A source that says nothing could not tell how the move went either.
+        if not source.alive(time.monotonic(), self._stale_s):
+            self.skipped["source"] += 1
             return
         migration = self._ledger.ordered(order, "rescheduler")
         task = asyncio.create_task(self._send(migration, source, target))

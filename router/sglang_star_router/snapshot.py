@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sglang_star_router.breaker import Circuit
 from sglang_star_router.exchange import groups
 from sglang_star_router.fleet import Fleet, Instance
 from sglang_star_router.policy.snapshot import FleetSnapshot, Instances, Placed, Requests
@@ -53,7 +54,7 @@ class Snapshots:
         self._base_version = -1
 
     def decide_moves(self) -> FleetSnapshot:
-        """Snapshot for the rescheduler: only instances with a fresh status accept anything."""
+        """Snapshot for the rescheduler: what has no fresh status neither takes nor gives."""
         return self._with_placed(self._build(time.monotonic(), fresh_only=True))
 
     def for_arrival(self, excluded: Collection[str] = (), held: int = 0) -> FleetSnapshot:
@@ -69,11 +70,23 @@ class Snapshots:
         if base is None or now - base.now_s > limit:
             base = self._base = self._build(now, fresh_only=False)
             self._base_version = self._fleet.version
-        if excluded:
-            open_to_it = np.array([m.endpoint.url not in excluded for m in self._members], np.bool_)
-            accepts = base.instances.accepts & open_to_it
-            base = replace(base, instances=replace(base.instances, accepts=accepts), derived={})
+        shut = [not m.breaker.admits for m in self._members]
+        if excluded or any(shut):
+            base = self._without(base, excluded, shut)
         return replace(self._with_placed(base), now_s=now, held=held)
+
+    def _without(
+        self, base: FleetSnapshot, excluded: Collection[str], shut: list[bool]
+    ) -> FleetSnapshot:
+        """Close what has failed this arrival, and what has an open circuit unless all have."""
+        untried = np.array([m.endpoint.url not in excluded for m in self._members], np.bool_)
+        willing = np.array([m.healthy and not m.draining for m in self._members], np.bool_)
+        admits = ~np.array(shut, np.bool_)
+        fresh = base.instances.accepts & untried
+        # Rather one that is silent than none, rather one with an open circuit than none.
+        choices = (fresh & admits, willing & untried & admits, fresh, willing & untried)
+        accepts = next((one for one in choices if one.any()), fresh)
+        return replace(base, instances=replace(base.instances, accepts=accepts), derived={})
 
     def _build(self, now: float, *, fresh_only: bool) -> FleetSnapshot:
         members, statuses = self._members, [m.status for m in self._members]
@@ -82,7 +95,9 @@ class Snapshots:
         plain = np.array([m.described and m.advertisement is None for m in members], np.bool_)
         fresh = ages <= self._stale_s
         accepts = willing & (fresh | (plain & ~np.bool_(fresh_only)))
-        if not fresh_only and not accepts.any():
+        if fresh_only:
+            accepts &= np.array([m.breaker.state is Circuit.CLOSED for m in members], np.bool_)
+        elif not accepts.any():
             # Silence everywhere says more about the telemetry than about the instances.
             accepts = willing
 
@@ -116,15 +131,18 @@ class Snapshots:
             moves_out=np.array([out for out, _ in moves], np.int64),
             moves_in=np.array([into for _, into in moves], np.int64),
         )
-        return FleetSnapshot(now, instances, self._requests(now), self._fleet.lengths.prior())
+        requests = self._requests(now, fresh_only=fresh_only)
+        return FleetSnapshot(now, instances, requests, self._fleet.lengths.prior())
 
-    def _requests(self, now: float) -> Requests:
+    def _requests(self, now: float, *, fresh_only: bool) -> Requests:
         tables = [m.table for m in self._members]
         output = np.concatenate([t.output_tokens for t in tables])
         limit = np.concatenate([t.max_new_tokens for t in tables])
         movable = np.concatenate([t.movable for t in tables])
         start = 0
-        for table in tables:
+        for member, table in zip(self._members, tables, strict=True):
+            if fresh_only and not member.alive(now, self._stale_s):
+                movable[start : start + len(table.rids)] = False
             for rid in self._busy:
                 row = table.row(rid)
                 if row is not None:

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 RECEIVE_QUEUE = 16
 """Statuses kept for a busy router; older ones are worth nothing."""
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
+"""A peer that does not answer a heartbeat in time is connected to afresh."""
+REOPEN_S = 1.0
+"""After so long a socket that could not be opened is tried again."""
 
 
 class StatusFeed:
@@ -38,16 +42,21 @@ class StatusFeed:
         self._suspect = suspect
         self._context = zmq.asyncio.Context()
         self._listening: dict[str, tuple[str, asyncio.Task[None]]] = {}
+        self._live: set[str] = set()
         self._warned: set[tuple[str, str]] = set()
 
     def follow(self, instance: Instance) -> None:
-        """Listen where the instance publishes now, or nowhere if it does not."""
+        """Listen where the instance publishes now, or nowhere if it does not.
+
+        A socket that has brought nothing since the last call is replaced even so.
+        """
         url = instance.endpoint.url
         advertised = instance.advertisement
         address = advertised.status_address if advertised is not None else ""
         known = self._listening.get(url)
         if known is not None:
-            if known[0] == address and not known[1].done():
+            if known[0] == address and not known[1].done() and url in self._live:
+                self._live.discard(url)
                 return
             known[1].cancel()
             del self._listening[url]
@@ -65,21 +74,28 @@ class StatusFeed:
         self._context.destroy(linger=0)
 
     async def _listen(self, instance: Instance, address: str) -> None:
-        with self._context.socket(zmq.SUB) as socket:
-            socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            socket.subscribe(b"")
+        while True:
             try:
-                self._access.connect(socket, address)
+                with self._context.socket(zmq.SUB) as socket:
+                    await self._receive(socket, instance, address)
             except (PeerError, zmq.ZMQError) as error:
                 self._drop(instance, "address", f"cannot subscribe to {address!r}: {error}")
-                return
-            while True:
-                frames = await socket.recv_multipart()
-                self._take(instance, frames)
+            await asyncio.sleep(REOPEN_S)
+
+    async def _receive(self, socket: zmq.asyncio.Socket, instance: Instance, address: str) -> None:
+        socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.subscribe(b"")
+        self._access.connect(socket, address)
+        while True:
+            frames = await socket.recv_multipart()
+            self._take(instance, frames)
 
     def _take(self, instance: Instance, frames: list[bytes]) -> None:
+        self._live.add(instance.endpoint.url)
         try:
             message = decode(frames[-1])
         except ProtocolError as error:

@@ -16,9 +16,13 @@ from typing import Final, cast
 
 from sglang_star.errors import PeerError
 from sglang_star_router.config import Endpoint
+from sglang_star_router.descriptors import is_local
+from sglang_star_router.first_event import end_of_event
 from sglang_star_router.framing import ChunkScanner, FramingError, ResponseHead
 
 MAX_HEAD: Final = 64 * 1024
+FIRST_EVENT: Final = 64 * 1024
+"""A longer first event, or a longer answer in one piece, is not waited for as a whole."""
 IDLE_S: Final = 4.0
 """Idle connections older than this are not used: SGLang's server closes them after 5 s."""
 
@@ -34,6 +38,10 @@ class UpstreamLost(PeerError):
     stale: bool = False
 
 
+class OutOfResources(PeerError):
+    """This machine has no descriptor, port or memory for a connection; no instance is to blame."""
+
+
 class Exchange:
     """One request and its response.
 
@@ -41,10 +49,12 @@ class Exchange:
     request only once somebody has taken the body.
 
     Attributes:
-        opened: resolves to the head once the first body byte, or the end, is there too: until
-            then nothing has reached a client and another instance may be asked instead.
+        opened: resolves to the head once the answer has begun: a stream's first event is there,
+            or the whole of a plain answer, or too much of either to wait on. Until then nothing
+            has reached a client and another instance may be asked instead.
         finished: resolves when the whole response has been handed on.
         scanner: follows the body's chunks; None if it is not chunked.
+        heard_at: when bytes last came, monotonic seconds.
     """
 
     __slots__ = (
@@ -54,6 +64,7 @@ class Exchange:
         "_detached",
         "_done",
         "_early",
+        "_early_size",
         "_head",
         "_left",
         "_payload",
@@ -61,18 +72,25 @@ class Exchange:
         "_sink",
         "finished",
         "fresh",
+        "heard_at",
         "opened",
         "scanner",
     )  # fmt: skip
 
     def __init__(
-        self, connection: Connection, *, unframe: bool, bodiless: bool, fresh: bool
+        self,
+        connection: Connection,
+        *,
+        unframe: bool,
+        bodiless: bool,
+        fresh: bool,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[ResponseHead] = loop.create_future()
         self.finished: asyncio.Future[None] = loop.create_future()
         self.scanner: ChunkScanner | None = None
         self.fresh = fresh
+        self.heard_at = time.monotonic()
         self._connection = connection
         self._bodiless = bodiless
         self._payload: list[bytes] | None = [] if unframe else None
@@ -83,6 +101,7 @@ class Exchange:
         self._block = b""
         self._left: int | None = None
         self._early: list[bytes] = []
+        self._early_size = 0
         self._sink: Callable[[bytes], None] | None = None
 
     # ------------------------------------------------------------------ for the caller
@@ -94,6 +113,16 @@ class Exchange:
             sink(b"".join(self._early))
             self._early = []
         self._settle()
+
+    def beginning(self) -> bytes:
+        """The body up to the end of its first event, as far as it is there, without framing."""
+        data = b"".join(self._early)
+        data = data[: end_of_event(data)]
+        if self.scanner is None or self._payload is not None:
+            return data
+        content: list[bytes] = []
+        ChunkScanner().feed(data, content)
+        return b"".join(content)
 
     def discard(self) -> None:
         """Read the response to its end for nobody; its failure concerns nobody either."""
@@ -139,6 +168,7 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the socket."""
+        self.heard_at = time.monotonic()
         try:
             if self._head is None:
                 self._read_head(data)
@@ -210,12 +240,22 @@ class Exchange:
                 self._sink(data)
             else:
                 self._early.append(data)
+                self._early_size += len(data)
         head = self._head
         assert head is not None
         if ended:
             self._finish(reusable=head.reusable and not overrun)
-        elif not self.opened.done():
+        elif not self.opened.done() and self._has_begun(head, data):
             self.opened.set_result(head)
+
+    def _has_begun(self, head: ResponseHead, data: bytes) -> bool:
+        if not data:
+            return False
+        if self._early_size > FIRST_EVENT:
+            return True
+        if head.content_type.startswith(b"text/event-stream"):
+            return end_of_event(b"".join(self._early)) is not None
+        return self._left is None or self._left + self._early_size > FIRST_EVENT
 
     def _finish(self, *, reusable: bool) -> None:
         self._done = True
@@ -314,6 +354,7 @@ class Pool:
 
         Raises:
             PeerError: the instance does not accept connections.
+            OutOfResources: this machine cannot make one.
         """
         idle = self._idle[endpoint.url]
         while idle:
@@ -336,7 +377,13 @@ class Pool:
                     endpoint.port,
                     ssl=self._tls if endpoint.tls else None,
                 )
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, UnicodeError) as error:
+            if is_local(error):
+                self._trim()
+                raise OutOfResources(
+                    f"cannot open a connection: {error}",
+                    hint="raise the limit of open files (ulimit -n), or run more routers",
+                ) from error
             raise PeerError(
                 f"cannot connect to {endpoint.url}: {error or type(error).__name__}",
                 hint="check that the instance runs and that the router can reach it",
@@ -355,6 +402,12 @@ class Pool:
         idle = self._idle[connection.endpoint.url]
         if connection in idle:
             idle.remove(connection)
+
+    def _trim(self) -> None:
+        """Close what is idle: its descriptors are wanted."""
+        for idle in self._idle.values():
+            for connection in tuple(idle):
+                connection.close()
 
     def close(self) -> None:
         """Close every connection."""

@@ -29,6 +29,7 @@ def instance_json(
         "role": instance.role,
         "healthy": instance.healthy,
         "trouble": instance.trouble,
+        "circuit": instance.breaker.state.name.lower().replace("_", "-"),
         "draining": instance.draining,
         "star": advertisement is not None,
         "incarnation": advertisement.incarnation if advertisement else None,

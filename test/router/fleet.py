@@ -59,6 +59,10 @@ class FakeEngine:
     Attributes:
         chunks: what a streaming request is answered with; gate: if set, waited for before the
             second chunk; die_after: chunks after which it drops the connection.
+        mute: sends a head and then nothing; bootstrap_port: what it reports.
+        bootstrap_given: what the router's command line says instead.
+        fails: which requests are answered 500 with ``failure``.
+        stuck: health paths that are never answered; told_port: where it says it publishes.
         requests: parsed bodies of generation requests; bodies: the same unparsed.
         disconnects: generation requests whose client went away.
     """
@@ -78,6 +82,13 @@ class FakeEngine:
     gate: asyncio.Event | None = None
     die_after: int | None = None
     stall: bool = False
+    mute: bool = False
+    stuck: set[str] = field(default_factory=set)
+    bootstrap_port: int = 9123
+    bootstrap_given: int | None = None
+    told_port: int = 0
+    fails: Callable[[dict[str, Any]], bool] | None = None
+    failure: bytes = b""
     reply_status: int = 200
     reply_body: bytes | None = None
     location: str = ""
@@ -117,6 +128,7 @@ class FakeEngine:
         app.router.add_get("/v1/responses/{name}", self.stored_response)
         app.router.add_post("/v1/responses/{name}/cancel", self.stored_response)
         app.router.add_get("/health", self.health)
+        app.router.add_get("/health_generate", self.health)
         app.router.add_get("/server_info", self.server_info)
         app.router.add_post("/star/{what}", self.star_order)
         app.router.add_route("*", "/{rest:.*}", self.other)
@@ -159,6 +171,8 @@ class FakeEngine:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if self.stall:
             await asyncio.Event().wait()
+        if self.fails is not None and self.fails(self.requests[-1]):
+            return web.Response(body=self.failure, status=500, content_type="application/json")
         if self.reply_status != 200 or not self.requests[-1].get("stream"):
             body = self.reply_body or b'{"text": "hello",  "meta_info": {}}'
             answer = web.Response(
@@ -171,6 +185,8 @@ class FakeEngine:
             headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": self.name}
         )
         await response.prepare(request)
+        if self.mute:
+            await asyncio.Event().wait()
         for number, chunk in enumerate(self.chunks):
             if self.die_after == number:
                 assert request.transport is not None
@@ -190,6 +206,8 @@ class FakeEngine:
         return web.json_response({"id": name, "engine": self.name}, status=200 if known else 404)
 
     async def health(self, request: web.Request) -> web.Response:
+        if request.path in self.stuck:
+            await asyncio.Event().wait()
         return web.Response(status=self.health_status)
 
     async def server_info(self, request: web.Request) -> web.Response:
@@ -200,7 +218,7 @@ class FakeEngine:
             "admin_api_key": "secret",
             "launch_command": "python -m sglang.launch_server --api-key secret",
             "internal_states": [{}],
-            "disaggregation_bootstrap_port": 9123,
+            "disaggregation_bootstrap_port": self.bootstrap_port,
         }
         if self.reserve is not None:
             info["num_reserved_decode_tokens"] = self.reserve
@@ -211,7 +229,7 @@ class FakeEngine:
                 "instance_id": self.name,
                 "incarnation": self.incarnation,
                 "role": self.role,
-                "status_address": f"tcp://127.0.0.1:{self.pub_port}",
+                "status_address": f"tcp://127.0.0.1:{self.told_port or self.pub_port}",
                 "migration_address": self.peer["address"],
                 "fingerprint": self.fingerprint,
                 "host_token": self.host_token,
@@ -344,7 +362,7 @@ async def fleet(
     if start:
         for engine in engines:
             await engine.start()
-    members = tuple(member(engine) for engine in engines)
+    members = tuple(member(engine, engine.bootstrap_given) for engine in engines)
     router = Router(RouterConfig(members=members, **(settings | config)), **(policies or {}))
     listener = Listener(router, "127.0.0.1", 0)
     await listener.start()

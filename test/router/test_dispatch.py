@@ -29,7 +29,8 @@ class Gatekeeper:
             return Placement(None, "no-room")
         self.open -= 1
         self.arrivals.append(arrival)
-        return Placement(snapshot.instances.ids[0], self.name)
+        (row, *_) = snapshot.instances.accepts.nonzero()[0]
+        return Placement(snapshot.instances.ids[row], self.name)
 
 
 def test_held_requests_leave_in_order():

@@ -44,6 +44,7 @@ def test_every_documented_command_exists() -> None:
         "gemma",
         "calibration",
         "router",
+        "chaos",
     ]
     predictor = ("collect", "train", "eval")
     assert set(leaves(cli.STAR)) == {
