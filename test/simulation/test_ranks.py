@@ -46,8 +46,8 @@ def dice_of_its_own(self: RankEngine) -> str:
     return uuid.uuid4().hex
 
 
-def no_pages_now_and_then(self: RankEngine) -> int:
-    return random.choice((0, self.pages.available() * self.page_size))
+def much_to_keep_now_and_then(self: RankEngine, guests: int) -> int:
+    return random.choice((0, 10**6))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def no_pages_now_and_then(self: RankEngine) -> int:
     [
         ("now", a_clock_of_its_own),
         ("new_id", dice_of_its_own),
-        ("free_tokens", no_pages_now_and_then),
+        ("kept_free", much_to_keep_now_and_then),
     ],
 )
 def test_a_rank_that_goes_another_way_stops_its_engine(
