@@ -6,13 +6,16 @@ clients that there is no room; what would need it is answered 503, and no instan
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import math
 import os
 import resource
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -22,8 +25,10 @@ LOCAL_ERRNOS: Final = frozenset(
 )
 """Failures of this machine: no instance can help them."""
 RECOUNT_S: Final = 0.25
-RECOUNT_SHORT_S: Final = 0.02
-"""Age of the count when there seems to be no room: what has ended meanwhile may have made some."""
+LEAVE_S: Final = 1.0
+"""So long a request waits for clients that were refused to be gone, and ..."""
+LOOK_S: Final = 0.02
+"""... looks so often."""
 
 
 def is_local(error: BaseException) -> bool:
@@ -50,38 +55,84 @@ def raise_soft_limit() -> int:
 class Descriptors:
     """Says whether a request may have its descriptors.
 
+    A client that has been let in counts, and one that has not does not: it is about to be told
+    that there is no room, which is what the reserve is for. Otherwise a burst of clients would
+    fill the count before the first of them was served, and all of them would be refused.
+
     Attributes:
         errors: local failures, by what was short.
+        clients: connections of clients that are open.
+
+    Args:
+        reserve: descriptors that requests cannot have.
+        upstreams: connections to instances that are open.
     """
 
-    def __init__(self, reserve: int) -> None:
+    def __init__(self, reserve: int, upstreams: Callable[[], int]) -> None:
         self.errors: Counter[str] = Counter()
+        self.clients = 0
         self._reserve = reserve
-        self._used = 0
-        self._counted_at = -1.0
+        self._upstreams = upstreams
+        self._admitted = 0
+        self._promised = 0
+        self._own = 0
+        self._counted_at = -math.inf
         self._limit = 0
 
-    def short(self, wanted: int) -> bool:
-        """Whether ``wanted`` more would take from the reserve; if not, they count as taken."""
-        now = time.monotonic()
-        age = now - self._counted_at
-        if age > RECOUNT_S or (age > RECOUNT_SHORT_S and self._full(wanted)):
-            self._count(now)
+    async def take(self, wanted: int) -> bool:
+        """Let a request in that needs ``wanted`` more; False if they would be the reserve's.
+
+        Who is refused leaves soon: a request that has room waits for that.
+        """
         if self._full(wanted):
             self.errors["descriptors"] += 1
-            return True
-        self._used += wanted
-        return False
+            return False
+        self._admitted += 1
+        self._promised += wanted
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                while self._crowded():
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            self.give_back(wanted)
+            self.errors["descriptors"] += 1
+            return False
+        except asyncio.CancelledError:
+            self.give_back(wanted)
+            raise
+        return True
+
+    def give_back(self, wanted: int) -> None:
+        """End what :meth:`take` let in."""
+        self._admitted -= 1
+        self._promised -= wanted
+
+    def _connections(self) -> int:
+        return max(self._upstreams(), self._promised)
 
     def _full(self, wanted: int) -> bool:
-        return bool(self._limit) and self._used + wanted > self._limit - self._reserve
+        self._count()
+        taken = self._own + self._admitted + max(self._upstreams(), self._promised + wanted)
+        return bool(self._limit) and taken + 1 > self._limit - self._reserve
 
-    def _count(self, now: float) -> None:
+    def _crowded(self) -> bool:
+        self._count()
+        taken = self._own + self.clients + self._connections()
+        return bool(self._limit) and taken > self._limit - self._reserve // 2
+
+    def _count(self) -> None:
+        """Count what belongs neither to clients nor to requests, now and then."""
+        now = time.monotonic()
+        if now - self._counted_at <= RECOUNT_S:
+            return
         self._counted_at = now
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = 0 if limit == resource.RLIM_INFINITY else limit
         try:
-            self._used = len(os.listdir("/dev/fd"))
+            used = len(os.listdir("/dev/fd"))
         except OSError as error:
             if is_local(error):
-                self._used = self._limit
+                used = self._limit
+            else:
+                return
+        self._own = max(0, used - self.clients - self._upstreams())

@@ -11,6 +11,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from sglang_star_router import tls
 from sglang_star_router.app import Router
+from sglang_star_router.descriptors import Descriptors
 
 BACKLOG: Final = 4096
 IDLE_S: Final = 75.0
@@ -24,10 +25,18 @@ LAST_S: Final = 1.0
 class _Handler(RequestHandler):
     """Closes its connection when a head has begun, or the first was due, and does not end."""
 
-    __slots__ = ("_head_s", "_late", "_timer")
+    __slots__ = ("_descriptors", "_head_s", "_late", "_timer")
 
-    def __init__(self, *args: Any, head_s: float, late: Callable[[], None], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        head_s: float,
+        late: Callable[[], None],
+        descriptors: Descriptors,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._descriptors = descriptors
         self._head_s = head_s
         self._late = late
         self._timer: asyncio.TimerHandle | None = None
@@ -35,6 +44,7 @@ class _Handler(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first head."""
         super().connection_made(transport)
+        self._descriptors.clients += 1
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -49,6 +59,7 @@ class _Handler(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Wait for nothing more."""
         self._head_is_here()
+        self._descriptors.clients -= 1
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
@@ -109,6 +120,7 @@ class Listener:
             lambda: _Handler(
                 server, loop=loop, access_log=None, keepalive_timeout=IDLE_S,
                 lingering_time=LINGER_S, head_s=config.head_timeout, late=late,
+                descriptors=self._router.proxy.descriptors,
             ),
             self._host, self.port, ssl=self.tls, backlog=BACKLOG, reuse_address=True,
             ssl_handshake_timeout=config.head_timeout if self.tls else None,

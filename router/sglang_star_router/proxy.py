@@ -50,7 +50,7 @@ class Proxy:
         intake: Intake,
     ) -> None:
         self.budget = RetryBudget(config.faults)
-        self.descriptors = Descriptors(config.faults.descriptor_reserve)
+        self.descriptors = Descriptors(config.faults.descriptor_reserve, lambda: pool.open)
         self._config = config
         self._pool = pool
         self._dispatcher = dispatcher
@@ -84,7 +84,8 @@ class Proxy:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         arrived = time.monotonic()
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout
-        if self.descriptors.short(2 if self._config.disaggregated else 1):
+        wanted = 2 if self._config.disaggregated else 1
+        if not await self.descriptors.take(wanted):
             return self._no_descriptors()
         try:
             async with self._intake.admit(request) as call:
@@ -94,6 +95,8 @@ class Proxy:
         except TimeoutError:
             limit = f"no answer within {self._config.request_timeout:g} s"
             return rejection(Rejected(limit, status=504, kind="timeout_error"))
+        finally:
+            self.descriptors.give_back(wanted)
 
     def _no_descriptors(self) -> web.Response:
         response = rejection(

@@ -403,6 +403,11 @@ class Pool:
         if connection in idle:
             idle.remove(connection)
 
+    @property
+    def open(self) -> int:
+        """Connections, idle ones among them."""
+        return len(self._all)
+
     def _trim(self) -> None:
         """Close what is idle: its descriptors are wanted."""
         for idle in self._idle.values():
