@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -72,39 +73,33 @@ def verify(pool: Pool, workers: int) -> None:
 
 def gathers(pool: Pool, workers: list[int]) -> Ways:
     """Every way out of the pool, the plain copy first."""
-    layers = [KvBuffers([buffer]) for buffer in pool.source.buffers]
-    parts = _parts(pool)
-
-    def per_layer() -> None:
-        for layer, part in zip(layers, parts, strict=True):
-            kernels.gather(layer, pool.slots, part, workers=1)
-
-    ways: Ways = {"copy x1": lambda: _copy(pool), **_copies(pool, workers)}
-    for n in workers:
-        ways[f"kernel x{n}"] = lambda n=n: kernels.gather(  # type: ignore[misc]
-            pool.source, pool.slots, pool.staging, workers=n
-        )
-    ways["per layer"] = per_layer
-    ways["torch"] = lambda: kernels.gather_kv(pool.source.rows, pool.slots, pool.staging)
-    return ways
+    return _ways(pool, pool.source, kernels.gather, kernels.gather_kv, workers)
 
 
 def scatters(pool: Pool, workers: list[int]) -> Ways:
     """Every way into the pool, the plain copy first."""
-    layers = [KvBuffers([buffer]) for buffer in pool.target.buffers]
+    return _ways(pool, pool.target, kernels.scatter, kernels.scatter_kv, workers)
+
+
+def _ways(
+    pool: Pool,
+    buffers: KvBuffers,
+    kernel: Callable[..., None],
+    torch_copy: Callable[..., None],
+    workers: list[int],
+) -> Ways:
+    layers = [KvBuffers([buffer]) for buffer in buffers.buffers]
     parts = _parts(pool)
 
     def per_layer() -> None:
         for layer, part in zip(layers, parts, strict=True):
-            kernels.scatter(layer, pool.slots, part, workers=1)
+            kernel(layer, pool.slots, part, workers=1)
 
     ways: Ways = {"copy x1": lambda: _copy(pool), **_copies(pool, workers)}
     for n in workers:
-        ways[f"kernel x{n}"] = lambda n=n: kernels.scatter(  # type: ignore[misc]
-            pool.target, pool.slots, pool.staging, workers=n
-        )
+        ways[f"kernel x{n}"] = partial(kernel, buffers, pool.slots, pool.staging, workers=n)
     ways["per layer"] = per_layer
-    ways["torch"] = lambda: kernels.scatter_kv(pool.target.rows, pool.slots, pool.staging)
+    ways["torch"] = partial(torch_copy, buffers.rows, pool.slots, pool.staging)
     return ways
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from sglang_star.faults import Faults
 from sglang_star.flight import Flight
 from sglang_star.front import Front
 from sglang_star.migration.mover import Mover
-from sglang_star.platform import ballast
+from sglang_star.platform import ballast, device
 from sglang_star.status import StepTimer
 
 if TYPE_CHECKING:
@@ -72,6 +73,15 @@ class Extension(abc.ABC):
             self._timer.decoded()
         else:
             self._timer.interrupted()
+
+    def _may_hold(self) -> Callable[[], bool]:
+        """Whether queueing the next step can still be put off; to be asked until it cannot."""
+        queue = getattr(self._scheduler, "result_queue", None)
+        if not queue or self._timer.ema_ms <= 0.0:
+            return lambda: False
+        running = device.pending(queue[-1][1])
+        until = self._flight.hold_until(self._timer.ema_ms / 1e3)
+        return lambda: time.monotonic() < until and running()
 
     # ------------------------------------------------------------------ what the hooks ask
 

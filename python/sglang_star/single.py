@@ -32,16 +32,15 @@ class Single(Extension):
     """See :class:`Extension`: what happens at every step boundary, in order."""
 
     def __init__(self, scheduler: Scheduler, config: StarConfig) -> None:
-        self._scheduler = scheduler
         engine = SglangEngine(scheduler)
         kind = kind_of(scheduler, engine.pages)
         links = open_links(scheduler, config)
         timer = StepTimer()
-        self._faults = Faults()
+        faults = Faults()
         self._mail = links.mail
         agent = f"{links.peer.instance_id}/{links.peer.incarnation}"
         transports = open_transports(engine, config, agent)
-        mover = Mover(engine, links, config, kind.text(), self._faults, transports)
+        mover = Mover(engine, links, config, kind.text(), faults, transports)
         front = Front(
             scheduler,
             config,
@@ -49,7 +48,7 @@ class Single(Extension):
             engine,
             mover,
             timer,
-            self._faults,
+            faults,
             kind.fingerprint(),
             transports,
         )
@@ -62,7 +61,7 @@ class Single(Extension):
             status=front.report,
             step_ms=lambda: timer.ema_ms,
         )
-        super().__init__(scheduler, engine, mover, timer, self._faults, front)
+        super().__init__(scheduler, engine, mover, timer, faults, front)
 
     def tick(self) -> None:
         """See :class:`Extension`."""
@@ -93,12 +92,8 @@ class Single(Extension):
         queueing the next one a little later, and the guest gains a whole step. What was left of
         that step is less by all that this boundary has taken already.
         """
-        queue = getattr(self._scheduler, "result_queue", None)
-        if not queue or self._timer.ema_ms <= 0.0:
-            return
-        running = device.pending(queue[-1][1])
-        until = self._flight.hold_until(self._timer.ema_ms / 1e3)
-        while self._mover.target.expecting() and time.monotonic() < until and running():
+        may_hold = self._may_hold()
+        while self._mover.target.expecting() and may_hold():
             if self._mail.is_empty():
                 self._mail.wait(POLL_S)
             self._receive()

@@ -245,7 +245,7 @@ class Links:
             while refusals.poll(0):
                 event = parse_monitor_message(refusals.recv_multipart())
                 self.dropped[REFUSED[zmq.Event(event["event"])]] += 1
-                self._warn_once("refused", "STAR refused who has not its fleet key", event)
+                self._warn_once("refused", "STAR refused a connection: no key of its fleet")
 
     def _disconnect(self, address: str) -> None:
         connection = self._connections.pop(address, None)

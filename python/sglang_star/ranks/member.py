@@ -58,7 +58,6 @@ class Member(Extension):
     """See :class:`Extension`."""
 
     def __init__(self, scheduler: Scheduler, config: StarConfig) -> None:
-        self._scheduler = scheduler
         ranks = Group(scheduler.tp_cpu_group)
         self._clock = StepClock()
         self._steps: list[StepInput] = []
@@ -95,7 +94,6 @@ class Member(Extension):
             status=front.report if front else _no_status,
             step_ms=lambda: self._clock.step_ms,
         )
-        self._faults = faults
         self._replica = Replica(
             ranks,
             self._clock,
@@ -139,12 +137,8 @@ class Member(Extension):
 
     def _await_commit(self, links: Links) -> None:
         """As :meth:`Single._await_commit`; the other ranks wait for the broadcast meanwhile."""
-        queue = getattr(self._scheduler, "result_queue", None)
-        if not queue or self._timer.ema_ms <= 0.0:
-            return
-        running = device.pending(queue[-1][1])
-        until = self._flight.hold_until(self._timer.ema_ms / 1e3)
-        while not links.mail.has(Commit) and time.monotonic() < until and running():
+        may_hold = self._may_hold()
+        while not links.mail.has(Commit) and may_hold():
             links.mail.is_empty()  # what has come already shall not end the wait
             links.mail.wait(POLL_S)
 

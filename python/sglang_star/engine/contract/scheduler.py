@@ -35,7 +35,7 @@ ROWS: Final[tuple[Row, ...]] = (
         _S + ".last_batch", "its requests are reported, and may be running", "status engine.batch"
     ),
     Attribute(_S + ".waiting_queue", "requests that wait, or are to join", "status"),
-    Attribute(_S + ".result_queue", "steps in flight under overlap", "single ranks.member"),
+    Attribute(_S + ".result_queue", "steps in flight under overlap", "extension"),
     Attribute(_S + ".future_map", "where a joining request's next input goes", "engine.batch"),
     Attribute(_S + ".spec_algorithm", "batches are made with it", "engine.batch"),
     # Memory.
