@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_star.engine.bounds import Bounds
 from sglang_star.errors import OrderRefused
 
 pytestmark = pytest.mark.engine
@@ -60,6 +61,7 @@ def guest(known: list[int], *, constrained: bool = True) -> tuple[Any, Any]:
         sampling_params=SimpleNamespace(max_new_tokens=0),
         grammar=grammar() if constrained else None,
     )
+    engine._bounds = Bounds(vocabulary=len(VOCABULARY), context=10_000)
     engine._outputs = {"guest": array("q", known)}
     assert engine.seat(req, 1000)
     assert not engine._outputs

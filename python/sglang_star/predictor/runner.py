@@ -158,9 +158,10 @@ def init_tp_model_worker(result: None, scheduler: Any) -> None:
     """
     global _attached
     star: StarConfig | None = getattr(scheduler.server_args, ATTRIBUTE, None)
-    if get_parallel().tp_rank > 0:
-        return  # all ranks see the same states, and only what rank 0 thinks of them goes anywhere
-    if star is not None and (star.predictor != PREDICTOR_OFF or star.collect):
+    if star is None or (star.predictor == PREDICTOR_OFF and not star.collect):
+        return
+    # All ranks see the same states, and only what rank 0 thinks of them goes anywhere.
+    if get_parallel().tp_rank == 0:
         _attached = _build(star, scheduler.server_args, scheduler.tp_worker.model_runner)
 
 
