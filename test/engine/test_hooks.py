@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import pytest
 
 from sglang_star import SGLANG_RELEASES
+from sglang_star.model import tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -53,15 +55,43 @@ print(json.dumps(seen))
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+Launch: TypeAlias = "subprocess.CompletedProcess[str]"
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "no file": (("--star", "--star-predictor", "/no/such.safetensors"), "does not exist"),
+    "pp": (("--star", "--pp-size", "2"), "--pp-size 2"),
+    "no star": (("--star-max-moves", "2"), "needs --star"),
+}
+LAUNCHES: dict[str, tuple[str, ...]] = {
+    "probe": ("-c", PROBE),
+    "help": ("-m", "sglang.launch_server", "--help"),
+    "no head": (
+        *("-m", "sglang.launch_server", "--model-path", str(tiny_model()), "--star"),
+        *("--host", "127.0.0.1", "--port", "0", "--log-level", "error"),
+    ),
+    **{
+        case: ("-m", "sglang.launch_server", "--model-path", "nowhere", *flags)
+        for case, (flags, _) in WRONG.items()
+    },
+}
+
+
+def run(command: tuple[str, ...]) -> Launch:
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *command], capture_output=True, text=True, timeout=600, check=False
     )
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
-    result = run("-c", PROBE)
+def launches() -> dict[str, Launch]:
+    """How each launch ended; each is mostly an import of SGLang, so all run beside each other."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(LAUNCHES, pool.map(run, LAUNCHES.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def seen(launches: dict[str, Launch]) -> dict[str, Any]:
+    result = launches["probe"]
     assert result.returncode == 0, result.stderr[-2000:]
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
@@ -89,23 +119,22 @@ def test_another_sglang_is_refused_by_both_versions(seen: dict[str, Any]) -> Non
     assert all(release in seen["version"] for release in SGLANG_RELEASES)
 
 
-def test_help_shows_the_group() -> None:
-    shown = run("-m", "sglang.launch_server", "--help").stdout
+def test_help_shows_the_group(launches: dict[str, Launch]) -> None:
+    shown = launches["help"].stdout
     assert "STAR" in shown
     assert "--star-predictor" in shown
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--star", "--star-predictor", "/no/such.safetensors"), "does not exist"),
-        (("--star", "--pp-size", "2"), "--pp-size 2"),
-        (("--star-max-moves", "2"), "needs --star"),
-    ],
-)
+@pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_flag_stops_the_launch_with_its_remedy(
-    flags: tuple[str, ...], message: str
+    launches: dict[str, Launch], case: str
 ) -> None:
-    result = run("-m", "sglang.launch_server", "--model-path", "nowhere", *flags)
-    assert result.returncode == 2
-    assert message in result.stderr
+    assert launches[case].returncode == 2
+    assert WRONG[case][1] in launches[case].stderr
+
+
+def test_a_model_without_a_head_is_refused_with_the_remedy(launches: dict[str, Launch]) -> None:
+    ended = launches["no head"]
+    assert ended.returncode != 0
+    assert "no packaged predictor head" in ended.stderr
+    assert "--star-predictor off" in ended.stderr
