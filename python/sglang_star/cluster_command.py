@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address of the router [%(default)s]")
     add("--port", type=int, default=30000, help="port of the router, 0: any [%(default)s]")
     add("--rescheduler", default="star", help="off, reactive, star, ... [%(default)s]")
-    add("--predictor", default="builtin", help="builtin, off or a head's path [%(default)s]")
+    add("--predictor", default="auto", help="auto, builtin, off or a head's path [%(default)s]")
     add("--paced", default="", metavar="PROFILE", help="pad steps to those of a modelled GPU")
     add("--max-total-tokens", type=int, default=16384, help="KV pool per engine [%(default)s]")
     add("--engine-args", default="", metavar="'...'", help="more flags for every engine")

@@ -77,7 +77,7 @@ class ClusterSpec:
     host: str = "127.0.0.1"
     port: int = 0
     rescheduler: str = "star"
-    predictor: str = "builtin"
+    predictor: str = "auto"
     paced: str = ""
     max_total_tokens: int = 16384
     engine_arguments: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from sglang_star.fleet_key import FleetKey, is_loopback
 from sglang_star.migration.transport import AUTO, NAMES
 from sglang_star.platform.profile import find
 
+AUTO_HEAD = "auto"
 BUILTIN_HEAD = "builtin"
 PREDICTOR_OFF = "off"
 
@@ -29,8 +30,9 @@ class StarConfig:
         "", "Stable name of this instance in the fleet. Default: role@host:port.", "NAME"
     )
     predictor: str = _flag(
-        BUILTIN_HEAD,
-        "Remaining-length predictor: 'builtin' (the packaged head for this model), 'off', or the "
+        AUTO_HEAD,
+        "Remaining-length predictor: 'auto' (the packaged head for this model, else the newest one "
+        "trained for it here, else none), 'builtin' (the packaged one, or no start), 'off', or the "
         "path of a .safetensors head made by `star predictor train`.",
         "HEAD",
     )
@@ -156,12 +158,12 @@ class StarConfig:
                 "--star-paced-kv-bytes must be positive and needs --star-paced",
                 hint="for example --star-paced 24gb-7b --star-paced-kv-bytes 57344",
             )
-        if self.predictor not in (BUILTIN_HEAD, PREDICTOR_OFF) and not os.path.isfile(
+        if self.predictor not in (AUTO_HEAD, BUILTIN_HEAD, PREDICTOR_OFF) and not os.path.isfile(
             self.predictor
         ):
             raise ConfigError(
                 f"--star-predictor {self.predictor!r} does not exist",
-                hint="give the path of a trained head, 'builtin' or 'off'",
+                hint="give the path of a trained head, 'auto', 'builtin' or 'off'",
             )
 
     @property

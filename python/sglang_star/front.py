@@ -20,6 +20,7 @@ from sglang_star.migration.mover import Mover
 from sglang_star.migration.transport.base import Transport
 from sglang_star.migration.transport.build import build, names
 from sglang_star.migration.transport.choice import Transports
+from sglang_star.predictor import runner
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement, InstanceStatus, Peer
 from sglang_star.status import ROLES, StatusReporter, StepTimer
 
@@ -108,7 +109,7 @@ class Front:
             migration_address="" if role == "prefill" else links.peer.address,
             fingerprint=fingerprint,
             host_token=host_token(),
-            predictor=config.predictor,
+            predictor=runner.serving,
             transports=names(config, str(engine.pages.device)),
         )
         if scheduler.idle_sleeper is not None:

@@ -174,6 +174,8 @@ class Advertisement(msgspec.Struct, frozen=True, kw_only=True):
             size, tensor-parallel size, SGLang and STAR versions).
         host_token: equal between instances that share memory (one machine, whose processes see
             each other).
+        predictor: what estimates remaining lengths: a head's model and digest, ``by-age`` where
+            there is no head for the model, ``off``.
         transports: names of what can carry KV from and to here, the fastest first.
     """
 

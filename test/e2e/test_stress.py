@@ -23,6 +23,7 @@ from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
 from sglang_star.forkserver import ForkServer
 from sglang_star.model import tiny_model
+from sglang_star.predictor.choice import BY_AGE
 
 pytestmark = pytest.mark.e2e
 
@@ -144,7 +145,6 @@ def trio(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer | None):  #
     spec = ClusterSpec(
         model=str(tiny_model()),
         aggregated=3,
-        predictor="off",
         rescheduler="off",
         max_total_tokens=4096,
         engine_arguments=(
@@ -164,11 +164,13 @@ async def twins_of(fleet: Fleet) -> dict[int, list[int]]:
     return twins
 
 
-def test_the_router_reads_what_each_engine_keeps_free(trio: Cluster) -> None:
+def test_the_router_knows_what_each_engine_keeps_free_and_estimates_by(trio: Cluster) -> None:
     async def scenario() -> None:
         async with Fleet.connect(trio) as fleet:
             shown = (await fleet.get(fleet.router + "/star/cluster"))["instances"]
             assert [one["reserve_each"] for one in shown] == [RESERVE] * 3
+            # Nobody has trained a head for this model, and it is served all the same.
+            assert [one["predictor"] for one in shown] == [BY_AGE] * 3
 
     asyncio.run(scenario())
 

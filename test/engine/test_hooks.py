@@ -67,7 +67,16 @@ LAUNCHES: dict[str, tuple[str, ...]] = {
     "help": ("-m", "sglang.launch_server", "--help"),
     "no head": (
         *("-m", "sglang.launch_server", "--model-path", str(tiny_model()), "--star"),
-        *("--host", "127.0.0.1", "--port", "0", "--log-level", "error"),
+        *(
+            "--star-predictor",
+            "builtin",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--log-level",
+            "error",
+        ),
     ),
     **{
         case: ("-m", "sglang.launch_server", "--model-path", "nowhere", *flags)
@@ -137,4 +146,4 @@ def test_a_model_without_a_head_is_refused_with_the_remedy(launches: dict[str, L
     ended = launches["no head"]
     assert ended.returncode != 0
     assert "no packaged predictor head" in ended.stderr
-    assert "--star-predictor off" in ended.stderr
+    assert "--star-predictor auto or off" in ended.stderr

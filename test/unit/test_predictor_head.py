@@ -79,13 +79,6 @@ def test_a_head_for_another_model_is_refused_by_name(field: str) -> None:
     cases.MODEL.require(cases.MODEL, "some head")
 
 
-def test_no_packaged_head_names_both_remedies() -> None:
-    with pytest.raises(HeadError) as refused:
-        heads.builtin(cases.MODEL)
-    assert "--star-predictor off" in refused.value.hint
-    assert "star predictor train" in refused.value.hint
-
-
 class Model(torch.nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -131,4 +124,4 @@ def test_packaged_heads_are_small_documented_and_usable() -> None:
         assert head.parameters <= MOST_PARAMETERS
         assert head.card.provenance["fit"]["requests"] > 0
         assert head.card.metrics["star"]["mae"] > 0
-        assert heads.builtin(head.card.fingerprint).card == head.card
+        assert heads.packaged(head.card.fingerprint) == path

@@ -24,6 +24,11 @@ class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     norms: str
 
+    @property
+    def text(self) -> str:
+        """What it is, for people."""
+        return f"this {self.architecture} (hidden size {self.hidden_size}, {self.layers} layers)"
+
     def require(self, other: ModelFingerprint, head: str) -> None:
         """Check that a head made for ``self`` may serve ``other``.
 

@@ -7,6 +7,7 @@ free, and gives quantiles; it is an ensemble of small networks, evaluated for a 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -191,19 +192,14 @@ def load(path: Path) -> Head:
     return Head(card, weights)
 
 
-def builtin(fingerprint: ModelFingerprint) -> Head:
-    """Return the packaged head for a model.
-
-    Raises:
-        HeadError: there is none.
-    """
+def packaged(fingerprint: ModelFingerprint) -> Path | None:
+    """The file of the head that comes with STAR for a model, if there is one."""
     for path in sorted(HEADS.glob("*.safetensors")):
-        head = load(path)
-        if head.card.fingerprint == fingerprint:
-            return head
-    raise HeadError(
-        f"no packaged predictor head for this {fingerprint.architecture} "
-        f"(hidden size {fingerprint.hidden_size}, {fingerprint.layers} layers)",
-        hint="launch with --star-predictor off, or make one with `star predictor collect` and "
-        "`star predictor train` and name it with --star-predictor",
-    )
+        if load(path).card.fingerprint == fingerprint:
+            return path
+    return None
+
+
+def digest(path: Path) -> str:
+    """Eight hexadecimal digits that tell a head's file from others."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]

@@ -20,10 +20,10 @@ from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_star.config import BUILTIN_HEAD, PREDICTOR_OFF, StarConfig
+from sglang_star.config import PREDICTOR_OFF, StarConfig
 from sglang_star.errors import ConfigError
 from sglang_star.launch import ATTRIBUTE
-from sglang_star.predictor import head as heads
+from sglang_star.predictor.choice import choose
 from sglang_star.predictor.estimator import Estimator
 from sglang_star.predictor.fingerprint import ModelFingerprint, fingerprint
 from sglang_star.predictor.head import Head
@@ -40,6 +40,9 @@ fallbacks: int = 0
 
 failures: int = 0
 """Steps whose estimates were skipped because of a defect; serving went on without them."""
+
+serving: str = PREDICTOR_OFF
+"""What estimates here: a head's name, ``by-age`` where there is none for the model, or ``off``."""
 
 Take = Callable[[Any, Sequence[Any], Sequence[int | None]], None]
 """(host rows, requests, visible output tokens of each request or None)."""
@@ -173,25 +176,21 @@ def _build(star: StarConfig, server_args: Any, model_runner: Any) -> tuple[Attac
         )
     device, rows = model_runner.device, _rows(server_args)
     model = fingerprint(model_runner.model, model_runner.model_config)
+    global serving
     attached: list[Attachment] = []
     if star.predictor != PREDICTOR_OFF:
-        head = _load(star.predictor, model)
-        attached.append(Attachment(ProjectionTap(rows, head, device), _Counted(Estimator(head))))
-        log.info("STAR: predictor head of %d parameters for %s", head.parameters, head.card.model)
+        choice = choose(star.predictor, model)
+        serving = choice.name
+        if head := choice.head:
+            tap = ProjectionTap(rows, head, device)
+            attached.append(Attachment(tap, _Counted(Estimator(head))))
+            log.info("STAR: predictor head %s, %d parameters", choice.name, head.parameters)
     if star.collect:
         folder = Path(star.collect)
         _claim(folder, model)
-        tap = HiddenTap(rows, model.hidden_size, device)
-        attached.append(Attachment(tap, Recorder(folder).step))
+        hidden = HiddenTap(rows, model.hidden_size, device)
+        attached.append(Attachment(hidden, Recorder(folder).step))
     return tuple(attached)
-
-
-def _load(predictor: str, model: ModelFingerprint) -> Head:
-    if predictor == BUILTIN_HEAD:
-        return heads.builtin(model)
-    head = heads.load(Path(predictor))
-    head.card.fingerprint.require(model, predictor)
-    return head
 
 
 def _claim(folder: Path, model: ModelFingerprint) -> None:

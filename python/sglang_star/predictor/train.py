@@ -16,6 +16,7 @@ from sglang_star.predictor.head import Head, HeadCard
 from sglang_star.predictor.prompts import read_prompts
 from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.samples import Samples, describe, load_samples, read_sources
+from sglang_star.predictor.store import HeadStore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,22 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     card.metrics["star"] = metrics.score(predict(head, parts.test), parts.test)
     by_age = ByAge(parts.fit, args.seed).predict(parts.test)
     card.metrics["by_age"] = metrics.score(by_age, parts.test)
-    head.save(args.out)
+    path = keep(head, args.out)
     if args.plot:
         figures.losses(curves.train, curves.held_out, args.plot)
     for name, result in card.metrics.items():
         low, high = result["mae_ci"]
         print(f"{name:8} MAE {result['mae']:7.1f} tokens, 95 % {low:.1f}-{high:.1f}")
-    print(
-        f"{args.out}: {head.parameters} parameters, P10-P90 {card.metrics['star']['coverage']:.1%}"
-    )
+    print(f"{path}: {head.parameters} parameters, P10-P90 {card.metrics['star']['coverage']:.1%}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument("--samples", required=True, type=Path, help="folder made by collect")
-    result.add_argument("--out", required=True, type=Path, help="the head, .safetensors")
+    result.add_argument(
+        "--out",
+        type=Path,
+        help="the head, .safetensors [kept for this model; --star-predictor auto takes it then]",
+    )
     result.add_argument("--name", help="model name to record [folder name of the model]")
     Recipe.add_flags(result, repeats=2)
     result.add_argument(
@@ -75,6 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--plot", type=Path, help="figure of the loss curves")
     return result
+
+
+def keep(head: Head, out: Path | None) -> Path:
+    """Write a head where it is asked for, else into the store; returns its path.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if out is None:
+        return HeadStore().keep(head)
+    head.save(out)
+    return out
 
 
 def load_split(
