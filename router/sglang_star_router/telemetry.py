@@ -19,10 +19,27 @@ logger = logging.getLogger(__name__)
 
 RECEIVE_QUEUE = 16
 """Statuses kept for a busy router; older ones are worth nothing."""
-HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
-"""A peer that does not answer a heartbeat in time is connected to afresh."""
+SILENT_S = 3.0
+"""A socket that brings nothing for so long is replaced: its connection may hang half open.
+
+Not libzmq's heartbeats: where the receive queue is full it reads no answers to them, takes the
+connection for dead and ends the process when the queue is read again (libzmq issue 3937).
+"""
 REOPEN_S = 1.0
 """After so long a socket that could not be opened is tried again."""
+
+
+def subscribe(socket: zmq.asyncio.Socket, access: Access, address: str) -> None:
+    """Make a SUB socket receive what an instance publishes.
+
+    Raises:
+        PeerError: it does not let us in; ZMQError: the address is none.
+    """
+    socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    socket.subscribe(b"")
+    access.connect(socket, address)
 
 
 class StatusFeed:
@@ -78,20 +95,17 @@ class StatusFeed:
             try:
                 with self._context.socket(zmq.SUB) as socket:
                     await self._receive(socket, instance, address)
+            except TimeoutError:
+                continue
             except (PeerError, zmq.ZMQError) as error:
                 self._drop(instance, "address", f"cannot subscribe to {address!r}: {error}")
             await asyncio.sleep(REOPEN_S)
 
     async def _receive(self, socket: zmq.asyncio.Socket, instance: Instance, address: str) -> None:
-        socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        socket.subscribe(b"")
-        self._access.connect(socket, address)
+        subscribe(socket, self._access, address)
         while True:
-            frames = await socket.recv_multipart()
+            async with asyncio.timeout(SILENT_S):
+                frames = await socket.recv_multipart()
             self._take(instance, frames)
 
     def _take(self, instance: Instance, frames: list[bytes]) -> None:

@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import zmq
 
 from router.fleet import FakeEngine, eventually, fleet, free_port, request_status
 from router.test_faults import limits, metric
@@ -101,6 +103,43 @@ def test_a_status_socket_that_hangs_half_open_is_opened_again():
             await link.close()
 
     run(check())
+
+
+STALLED = """
+import asyncio, sys, time
+import zmq, zmq.asyncio
+from sglang_star.fleet_key import Unlocked
+from sglang_star_router.telemetry import RECEIVE_QUEUE, subscribe
+
+async def main():
+    context = zmq.asyncio.Context()
+    with context.socket(zmq.SUB) as socket:
+        subscribe(socket, Unlocked(), sys.argv[1])
+        await socket.recv_multipart()
+        time.sleep(6)  # the loop has other things to do, and the queue fills up
+        for _ in range(20 * RECEIVE_QUEUE):
+            await socket.recv_multipart()
+    print("read on")
+
+asyncio.run(main())
+"""
+
+
+def test_a_stall_that_fills_the_queue_of_statuses_does_not_end_the_router():
+    context = zmq.Context()
+    publisher = context.socket(zmq.PUB)
+    port = publisher.bind_to_random_port("tcp://127.0.0.1")
+    command = [sys.executable, "-c", STALLED, f"tcp://127.0.0.1:{port}"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        while child.poll() is None:
+            publisher.send(b"a status")
+            time.sleep(0.001)
+        assert (child.returncode, child.communicate()[0]) == (0, "read on\n")
+    finally:
+        child.kill()
+        publisher.close(linger=0)
+        context.term()
 
 
 def test_moves_expire_without_a_rescheduler():
