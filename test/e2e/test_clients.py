@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from e2e.conftest import LAYOUTS
+from e2e.conftest import LAYOUTS, in_one_layout
 from e2e.fleet import Fleet, Hop, new_rid
 from e2e.test_identity import TOOL
 from sglang_star.cluster import Cluster
@@ -137,13 +137,12 @@ def check_usage(usage: Iterable[int]) -> None:
     assert prompt + completion == total
 
 
-@one_layout_of_each_mode
+@in_one_layout
 def test_sglang_benchmark(cluster: Cluster, tmp_path: Path) -> None:
     result = tmp_path / "result.jsonl"
-    backend = "sglang" if cluster.spec.aggregated else "sglang-oai-chat"
     command = (
         *(sys.executable, "-m", "sglang.benchmark.serving"),
-        *("--backend", backend, "--base-url", cluster.url),
+        *("--backend", "sglang-oai-chat", "--base-url", cluster.url),
         *("--model", cluster.spec.model, "--tokenizer", cluster.spec.model),
         *("--dataset-name", "random-ids", "--num-prompts", str(BENCHMARK_PROMPTS)),
         *("--random-input-len", "40", "--random-output-len", str(BENCHMARK_TOKENS)),

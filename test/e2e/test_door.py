@@ -12,6 +12,7 @@ import pytest
 from e2e.conftest import COMMON, PATIENT, PATIENT_ROUTER
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.forkserver import ForkServer
 from sglang_star.model import tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -35,7 +36,7 @@ SERVED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def locked(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer | None) -> Iterator[Cluster]:
     spec = ClusterSpec(
         model=str(tiny_model()),
         prefill=1,
@@ -46,7 +47,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         engine_arguments=(*COMMON, *PATIENT, *KEYS),
         router_arguments=(*PATIENT_ROUTER, *KEYS),
     )
-    with Cluster(spec, tmp_path_factory.mktemp("door")) as running:
+    with Cluster(spec, tmp_path_factory.mktemp("door"), forks=forks) as running:
         yield running
 
 

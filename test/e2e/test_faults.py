@@ -7,13 +7,15 @@ import asyncio
 import pytest
 import zmq
 
+from e2e.conftest import in_one_layout
 from e2e.fleet import PROMPT_IDS, Fleet, new_rid, until
 from sglang_star.cluster import Cluster
-from sglang_star.migration.home import MAX_EARLY
 from sglang_star.protocol import TokenChunk, Tokens, encode
 
 pytestmark = pytest.mark.e2e
 
+TOKENS = 256
+"""As many of them are bad as come while the message is on its way, and more."""
 NO_TOKEN = 1 << 63
 """Fits into a message, and into no array of token ids."""
 
@@ -32,6 +34,7 @@ def send(address: str, message: Tokens) -> None:
     context.term()  # waits until all is sent
 
 
+@in_one_layout
 def test_a_token_that_no_model_has_costs_nothing(cluster: Cluster) -> None:
     async def scenario() -> None:
         async with Fleet.connect(cluster) as fleet:
@@ -56,7 +59,7 @@ def test_a_token_that_no_model_has_costs_nothing(cluster: Cluster) -> None:
                         index=index,
                         token_ids=(NO_TOKEN,),
                     )
-                    for index in range(now, now + MAX_EARLY)
+                    for index in range(now, now + TOKENS)
                 ]
                 message = Tokens(receiver=star["incarnation"], chunks=tuple(bad))
                 await asyncio.to_thread(send, star["migration_address"], message)
@@ -64,7 +67,7 @@ def test_a_token_that_no_model_has_costs_nothing(cluster: Cluster) -> None:
 
                 async def goes_on() -> bool:
                     _, request = await fleet.found(rid)
-                    return bool(request["output_tokens"] > now + MAX_EARLY)
+                    return bool(request["output_tokens"] > now + TOKENS)
 
                 await until(goes_on, "the stream goes on")
                 for engine in fleet.engines:

@@ -10,6 +10,7 @@ import asyncio
 
 import pytest
 
+from e2e.conftest import in_one_layout
 from e2e.fleet import Fleet
 from sglang_star.cluster import Cluster
 from sglang_star_bench.start import idle_shares
@@ -20,6 +21,7 @@ WATCHED_S = 5.0
 MOST_OF_A_CORE = 0.03
 
 
+@in_one_layout
 def test_an_idle_cluster_is_idle(cluster: Cluster) -> None:
     async def scenario() -> None:
         async with Fleet.connect(cluster) as fleet:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from e2e import test_identity, test_reclaim, test_refusals
-from e2e.conftest import COMMON, PATIENT_ROUTER, TOOLS
+from e2e.conftest import COMMON, EVERYTHING, PATIENT_ROUTER, TOOLS
 from e2e.fleet import Endless, Fleet, Hop, new_rid, until
 from e2e.test_identity import CASES
 from e2e.test_stress import body, family, kill, random_moves, storm, stream
@@ -26,7 +26,7 @@ from unit.tiny_head import head_for
 pytestmark = pytest.mark.e2e
 
 RANKS = 2
-STORM = 80
+STORM = 80 if EVERYTHING else 48
 TWINS = 40
 SEED = 6
 

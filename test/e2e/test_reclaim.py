@@ -101,12 +101,11 @@ def streams_of(fleet: Fleet, cases: dict[str, dict[str, Any]]) -> list[Penalised
 
 
 async def equal_their_twins(fleet: Fleet, streams: list[Penalised]) -> None:
-    """Ends the streams after some more tokens, and compares each with a run by itself."""
+    """Ends the streams after some more tokens, and compares each with an undisturbed run."""
     await asyncio.gather(*(stream.enough() for stream in streams))
     await fleet.settle()
-    for stream in streams:
-        await stream.equals_twin()
-        await fleet.settle()
+    await asyncio.gather(*(stream.equals_twin() for stream in streams))
+    await fleet.settle()
 
 
 async def call(fleet: Fleet, name: str, path: str, **body: Any) -> None:

@@ -17,7 +17,7 @@ import aiohttp
 import psutil
 import pytest
 
-from e2e.conftest import COMMON
+from e2e.conftest import COMMON, EVERYTHING
 from e2e.fleet import Endless, Fleet, Hop, new_rid, until
 from sglang_star.cluster import Cluster
 from sglang_star.cluster_layout import ClusterSpec
@@ -27,7 +27,7 @@ from sglang_star.predictor.choice import BY_AGE
 
 pytestmark = pytest.mark.e2e
 
-REQUESTS = 240
+REQUESTS = 240 if EVERYTHING else 160
 RESERVE = 96
 CONCURRENT = 16
 SEED = 5
@@ -157,11 +157,9 @@ def trio(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer | None):  #
 
 
 async def twins_of(fleet: Fleet) -> dict[int, list[int]]:
-    url = next(iter(fleet.engines.values()))
-    twins = {}
-    for number in range(40):
-        twins[number] = await stream(fleet, url, body(number))
-    return twins
+    urls = list(fleet.engines.values())
+    found = await asyncio.gather(*(stream(fleet, urls[n % len(urls)], body(n)) for n in range(40)))
+    return dict(enumerate(found))
 
 
 def test_the_router_knows_what_each_engine_keeps_free_and_estimates_by(trio: Cluster) -> None:

@@ -10,7 +10,8 @@ import pytest
 from e2e.conftest import COMMON, PATIENT, PATIENT_ROUTER
 from e2e.fleet import Fleet, Hop, new_rid
 from sglang_star.cluster import Cluster
-from sglang_star.cluster_layout import ClusterSpec
+from sglang_star.cluster_layout import ClusterSpec, Place
+from sglang_star.forkserver import ForkServer
 from sglang_star.model import tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +25,7 @@ BODY = {
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def pair(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer | None) -> Iterator[Cluster]:
     spec = ClusterSpec(
         model=str(tiny_model()),
         aggregated=2,
@@ -33,11 +34,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         max_total_tokens=24_576,
         engine_arguments=(*COMMON, *PATIENT),
         router_arguments=PATIENT_ROUTER,
+        places=(Place(environment=(("SGLANG_REQ_RUNNING_TIMEOUT", str(LIMIT_S)),)),) * 3,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", str(LIMIT_S))
-        with Cluster(spec, tmp_path_factory.mktemp("timeouts")) as running:
-            yield running
+    with Cluster(spec, tmp_path_factory.mktemp("timeouts"), forks=forks) as running:
+        yield running
 
 
 async def answered(fleet: Fleet, url: str, rid: str) -> tuple[int, str]:
