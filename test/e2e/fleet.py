@@ -220,7 +220,8 @@ class Fleet:
         for name, status in (await self.statuses()).items():
             assert status["kv_used_tokens"] == 0, f"{name} leaks KV"
             assert status["armed"] == 0, f"{name} still has orders"
-            assert status["faults"] == _PROVOKED.get(self.engines[name], {}), f"{name}: see its log"
+            met, provoked = status["faults"], _PROVOKED.get(self.engines[name], {})
+            assert met == provoked, f"{name} has met defects, see its log: {met}"
 
     async def _flush(self, url: str) -> None:
         async def flushed() -> bool:
