@@ -182,9 +182,9 @@ def test_storm_of_moves(trio: Cluster) -> None:
                 cuts, armed = await storm(fleet, twins)
             finally:
                 mover.cancel()
-            assert cuts > 10
+            assert cuts > REQUESTS // 24
             await fleet.settle()
-            assert armed > 30
+            assert armed > REQUESTS // 8
 
     asyncio.run(scenario())
 
