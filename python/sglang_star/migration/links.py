@@ -22,7 +22,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection
-from typing import Any
 
 import zmq
 
