@@ -217,8 +217,9 @@ def test_a_setup_that_is_not_ours_is_refused(other: dict[str, Any]) -> None:
     region = HostRegion(2, 64)
     with pytest.raises(PeerError):
         SharedMemory(None).open(of(region, **other))
-    with pytest.raises(PeerError):
-        SharedMemory(None).open(b"noise")
+    for noise in (b"noise", b"\x95\x01\x01\xa2\xe3a\x01\x01", b"\x91" * 100_000):
+        with pytest.raises(PeerError):
+            SharedMemory(None).open(noise)
 
 
 def test_staging_larger_than_memory_is_refused_with_its_remedy(

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from sglang_star.errors import PeerError
-from sglang_star.migration.transport.base import Grant, Transport
+from sglang_star.migration.transport.base import Grant, Transport, read_setup
 from sglang_star.migration.transport.memory import (
     HostRegion,
     checksum,
@@ -64,10 +64,7 @@ class SharedMemory(Transport):
 
     def open(self, setup: bytes) -> Mapped:
         """See :class:`Transport`."""
-        try:
-            wanted = msgspec.msgpack.decode(setup, type=Setup)
-        except msgspec.MsgspecError as error:
-            raise PeerError(f"malformed shared-memory setup: {error}") from error
+        wanted = read_setup(setup, Setup)
         _, size = shape(max(wanted.slots, 0), max(wanted.slot_bytes, 0))
         if not (
             _TOKEN.fullmatch(wanted.token)
