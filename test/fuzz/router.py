@@ -21,7 +21,7 @@ from sglang_star_router.app import ANY_INSTANCE, READINESS
 from sglang_star_router.door import FLEET_PATHS
 from sglang_star_router.paths import PATHS
 
-AT_ONCE = 64
+AT_ONCE = 256
 HONEST = 200
 """After so many changed requests, one that must be served as ever."""
 BODIES: tuple[dict[str, Any], ...] = (
@@ -210,7 +210,7 @@ async def run(share: float, seed: int, found: Found) -> None:
             roles = ("prefill", "decode", "decode") if pd else ("aggregated",) * 3
             engines = [Engine(role) for role in roles]
             async with fleet(
-                *engines, rescheduler="star", policy="star", head_timeout=2.0, body_timeout=2.0,
+                *engines, rescheduler="star", policy="star", head_timeout=1.0, body_timeout=1.0,
                 health_failure_threshold=1000,
             ) as running:  # fmt: skip
                 warm = max(200, int(2000 * share))
