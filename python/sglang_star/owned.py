@@ -1,6 +1,6 @@
-"""Names in shared folders that show whether their owner lives.
+"""Folders in shared places that show whether their owner lives.
 
-Whoever makes such a file or folder holds a lock on it (flock) for as long as it uses it. The kernel
+Whoever makes such a folder holds a lock on it (flock) for as long as it uses it. The kernel
 drops the lock with the process, however that ends, and the next start removes what nobody holds. A
 process id in the name would say less: ids come again, and those of another container that shares
 the folder mean nothing here.
@@ -19,25 +19,15 @@ import stat
 _TOKEN = re.compile(r"[0-9a-f]{16}")
 
 
-def make_file(folder: str, prefix: str) -> tuple[str, int]:
-    """Make an empty file that only this user may open.
+def make_folder(folder: str, prefix: str) -> tuple[str, int]:
+    """Make an empty folder that only this user may look into.
 
     Returns:
-        Its path and a descriptor, open for reading and writing, that holds the lock; so does every
-        duplicate, such as a mapping's.
+        Its path and a descriptor that holds the lock; so does every duplicate.
 
     Raises:
         OSError: it cannot be made.
     """
-    while True:
-        path = f"{folder}/{prefix}{secrets.token_hex(8)}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        if _hold(path, descriptor):
-            return path, descriptor
-
-
-def make_folder(folder: str, prefix: str) -> tuple[str, int]:
-    """Make a folder that only this user may look into; like :func:`make_file`."""
     while True:
         path = f"{folder}/{prefix}{secrets.token_hex(8)}"
         os.mkdir(path, 0o700)
@@ -88,8 +78,7 @@ def _is_at(path: str, descriptor: int) -> bool:
 
 def _is_ours(path: str) -> bool:
     found = os.lstat(path)
-    kind = stat.S_IFMT(found.st_mode)
-    return found.st_uid == os.geteuid() and kind in (stat.S_IFREG, stat.S_IFDIR)
+    return found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode)
 
 
 def _remove(path: str) -> bool:
@@ -98,15 +87,12 @@ def _remove(path: str) -> bool:
     Raises:
         OSError: somebody holds it, or it cannot be opened or removed.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_at(path, descriptor):
             return False
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
+        shutil.rmtree(path)
         return True
     finally:
         os.close(descriptor)

@@ -272,7 +272,8 @@ class Route(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
             present host got it. Only the home decides which epoch its client is served from;
             tokens, hand-overs and releases of any other are dropped wherever they arrive.
         stream_id: unique per lease of a client's stream; given by its home and changed when home
-            takes the stream back, so that what a former host still says is recognised.
+            takes the stream back, so that what a former host still says is recognised. Nobody who
+            was not told it or a migration id can guess one.
         receiver: incarnation it is meant for.
     """
 

@@ -7,7 +7,7 @@ reader the engines use.
 
 from __future__ import annotations
 
-import random
+import secrets
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,7 +182,7 @@ class Call:
         next prompt's.
         """
         stride = self.samples + 1
-        first = random.getrandbits(62)
+        first = secrets.randbits(62)
         if self.batch == 1 and self.samples == 1:
             return {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": first}
         return {

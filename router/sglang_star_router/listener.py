@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from sglang_star_router import tls
@@ -25,13 +26,14 @@ LAST_S: Final = 1.0
 class _Handler(RequestHandler):
     """Closes its connection when a head has begun, or the first was due, and does not end."""
 
-    __slots__ = ("_descriptors", "_head_s", "_late", "_timer")
+    __slots__ = ("_descriptors", "_head_s", "_late", "_malformed", "_timer")
 
     def __init__(
         self,
         *args: Any,
         head_s: float,
         late: Callable[[], None],
+        malformed: Callable[[], None],
         descriptors: Descriptors,
         **kwargs: Any,
     ) -> None:
@@ -39,6 +41,7 @@ class _Handler(RequestHandler):
         self._descriptors = descriptors
         self._head_s = head_s
         self._late = late
+        self._malformed = malformed
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -61,6 +64,13 @@ class _Handler(RequestHandler):
         self._head_is_here()
         self._descriptors.clients -= 1
         super().connection_lost(exc)
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Count what is the client's fault: a stack in the log for each could fill a disk."""
+        if isinstance(kw.get("exc_info"), HttpProcessingError | web.RequestPayloadError):
+            self._malformed()
+        else:
+            super().log_exception(*args, **kw)
 
     def _await_head(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._head_s, self._too_late)
@@ -115,11 +125,12 @@ class Listener:
         await self._runner.setup()
         server, loop = self._runner.server, asyncio.get_running_loop()
         assert server is not None
-        config, late = self._router.config, self._router.metrics.slow_heads.inc
+        config, metrics = self._router.config, self._router.metrics
         self._server = await loop.create_server(
             lambda: _Handler(
                 server, loop=loop, access_log=None, keepalive_timeout=IDLE_S,
-                lingering_time=LINGER_S, head_s=config.head_timeout, late=late,
+                lingering_time=LINGER_S, head_s=config.head_timeout,
+                late=metrics.slow_heads.inc, malformed=metrics.malformed.inc,
                 descriptors=self._router.proxy.descriptors,
             ),
             self._host, self.port, ssl=self.tls, backlog=BACKLOG, reuse_address=True,

@@ -46,6 +46,10 @@ class Metrics:
             "star_router_slow_heads", "Connections closed because no head came in time.",
             registry=self.registry,
         )  # fmt: skip
+        self.malformed = Counter(
+            "star_router_malformed_requests", "Requests that are no HTTP, or whose body is not.",
+            registry=self.registry,
+        )  # fmt: skip
         self.first_byte = Histogram(
             "star_router_first_byte_seconds", "Request received to first byte of the answer.",
             buckets=tuple(buckets) or _SECONDS, registry=self.registry,

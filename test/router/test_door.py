@@ -128,6 +128,26 @@ def test_refusals_are_counted():
     run(check())
 
 
+def test_what_is_no_http_is_counted_and_fills_no_log(caplog):
+    async def check():
+        async with fleet(FakeEngine(), **KEYS) as running:
+            host, _, port = running.url.removeprefix("http://").partition(":")
+            for sent in (
+                b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+                b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 not for us\r\n\r\n",
+            ):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(sent)
+                assert b" 400 " in await reader.readline()
+                writer.close()
+            text = (await running.get("/metrics"))[1].decode()
+            assert "star_router_malformed_requests_total 3.0" in text
+
+    run(check())
+    assert not [one for one in caplog.records if one.name.startswith("aiohttp")]
+
+
 def test_no_path_written_otherwise_passes_by_the_admin_door():
     async def check():
         engine = FakeEngine()

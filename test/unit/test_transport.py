@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -104,6 +105,62 @@ def test_one_process_reads_anothers_memory_until_that_is_granted_again() -> None
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("star-")]
 
 
+THIEF = """
+import os, sys
+path = f"/proc/{sys.argv[2]}/fd/{sys.argv[3]}"
+descriptor = os.open(path, os.O_RDWR)
+for size in (0, 1 << 30):
+    try:
+        os.ftruncate(descriptor, size)
+        print("done", flush=True)
+    except PermissionError:
+        print("refused", flush=True)
+sys.stdin.read()
+"""
+READER = """
+import sys
+sys.path[:0] = sys.argv[1:2]
+from sglang_star.migration.transport.base import Grant
+from sglang_star.migration.transport.shm import SharedMemory
+
+reader = SharedMemory(None).open(bytes.fromhex(sys.argv[2]))
+fetch = reader.fetch(Grant(0, 1), 1 << 20, 0)
+print(int(fetch.arrived().sum()), flush=True)
+sys.stdin.readline()
+print(int(fetch.arrived().sum()), fetch.intact(), flush=True)
+"""
+
+
+def test_nobody_takes_memory_away_that_others_read_and_write() -> None:
+    """Of a mapping that is longer than its memory, the first touch ends the process (SIGBUS)."""
+    region = HostRegion(3, 1 << 20)
+    grant = region.grant()
+    assert grant is not None
+    region.view(grant).fill_(7)
+    with another_process(READER, SharedMemory(region).setup().hex()) as reader:
+        assert reader.stdout.readline() == f"{7 << 20}\n"
+        with another_process(THIEF, str(os.getpid()), str(region.descriptor)) as thief:
+            assert [thief.stdout.readline() for _ in range(2)] == ["refused\n"] * 2
+        reader.stdin.write("again\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == f"{7 << 20} True\n"
+        assert reader.wait() == 0
+    region.view(grant).fill_(8)
+    assert int(region.view(grant).sum()) == 8 << 20
+
+
+def test_memory_that_its_owner_can_take_away_is_not_mapped() -> None:
+    region = HostRegion(2, 64)
+    loose = os.memfd_create(memory.name_of("0" * 16), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(loose, region.size)
+    setup = of(region, token="0" * 16, descriptor=loose)
+    with pytest.raises(PeerError, match="could be taken away"):
+        SharedMemory(None).open(setup)
+    fcntl.fcntl(loose, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    SharedMemory(None).open(setup)
+    os.close(loose)
+
+
 def test_what_was_corrupted_is_not_taken() -> None:
     region = HostRegion(1, 64)
     transport = SharedMemory(region)
@@ -160,8 +217,9 @@ def test_a_setup_that_is_not_ours_is_refused(other: dict[str, Any]) -> None:
     region = HostRegion(2, 64)
     with pytest.raises(PeerError):
         SharedMemory(None).open(of(region, **other))
-    with pytest.raises(PeerError):
-        SharedMemory(None).open(b"noise")
+    for noise in (b"noise", b"\x95\x01\x01\xa2\xe3a\x01\x01", b"\x91" * 100_000):
+        with pytest.raises(PeerError):
+            SharedMemory(None).open(noise)
 
 
 def test_staging_larger_than_memory_is_refused_with_its_remedy(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
-from typing import Protocol
+from typing import Final, Protocol
+
+NAME_BYTES: Final = 16
 
 
 class Clock(Protocol):
@@ -33,4 +35,4 @@ class RealClock:
 
     def new_id(self) -> str:
         """128 random bits, in hexadecimal."""
-        return uuid.uuid4().hex
+        return secrets.token_hex(NAME_BYTES)

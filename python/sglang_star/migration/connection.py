@@ -18,7 +18,11 @@ One that is frozen, starved or cut off still holds its connection, and is only s
 
 
 class Connection:
-    """A PUSH socket that reconnects by itself; used by one thread."""
+    """A PUSH socket that reconnects by itself; used by one thread.
+
+    Attributes:
+        used_at: when something was sent last, monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class Connection:
         self._socket: zmq.Socket[bytes] = context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        self.used_at = time.monotonic()
         self._refused_since: float | None = None
         # An attempt that fails ends in CLOSED without ever having been CONNECTED.
         self._events: Any = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
@@ -49,6 +54,7 @@ class Connection:
         Raises:
             zmq.ZMQError: as many messages wait already as may.
         """
+        self.used_at = time.monotonic()
         self._socket.send(data, zmq.NOBLOCK)
 
     def note_events(self) -> None:

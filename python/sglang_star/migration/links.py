@@ -22,15 +22,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection
-from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from sglang_star import owned
 from sglang_star.errors import ConfigError, PeerError, ProtocolError
 from sglang_star.fleet_key import Access
 from sglang_star.migration.connection import Connection
+from sglang_star.migration.entrance import CROWDED, Entrance
 from sglang_star.migration.mailbox import MAX_WAITING, Mailbox, OrderEnvelope, Wake
 from sglang_star.migration.post import PeerLost
 from sglang_star.migration.pulse import Pulse
@@ -42,14 +41,16 @@ logger = logging.getLogger(__name__)
 FOLDER_PREFIX = "star-orders-"
 """Of the folder in the temporary directory that holds an instance's order socket."""
 MAX_MESSAGE_BYTES = 64 << 20
-HANDSHAKE_MS = 5000
-"""Who has not shown a key by then is cut off, so that nobody without one can hold connections."""
-REFUSED = {
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "unknown key",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "no key",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "no key",
-}
-"""What a socket sees of those that are not members, and the names it is counted under."""
+MAX_SUBSCRIPTION_BYTES = 1 << 16
+"""Nobody sends a status socket more than what he wants to hear."""
+MAX_PEERS = 256
+"""Peers that a way is kept to at the same time; the one used longest ago makes room."""
+IDLE_S = 600.0
+"""After so long a way that nobody uses is closed."""
+MAX_AT_ONCE = 1000
+"""Messages taken in before anything else gets its turn."""
+MAX_WARNINGS = 100
+"""Things that the log warns of, each once; all of them are counted."""
 
 
 class Links:
@@ -60,7 +61,7 @@ class Links:
             of every step boundary.
         peer: how others reach this instance; status_address, order_address: the other endpoints.
         dropped: counts of what was lost here, by reason: bytes that were not understood, by the
-            name of the error; messages too many, in or out.
+            name of the error; messages too many, in or out; whom the entrances refused.
     """
 
     def __init__(
@@ -84,7 +85,6 @@ class Links:
         self._context = zmq.Context(io_threads=1)
         self._access = access
         self._guard = access.guard(self._context)
-        self._refusals: list[zmq.Socket[Any]] = []
         self._outbox: deque[tuple[str | bytes, bytes]] = deque()
         self._outbox_wake = Wake()
         self._watch = Watch(timeout_s)
@@ -92,16 +92,21 @@ class Links:
         self._stuck = False
         self._connections: dict[str, Connection] = {}
         self._blamed: set[str] = set()
+        self._entrances: list[Entrance] = []
         self._closing = False
-        self._pull, port = self._bind(zmq.PULL, host, migration_port, "--star-migration-port")
-        self._pull.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._publisher, publish_port = self._bind(zmq.PUB, host, status_port, "--star-status-port")
+        members = self._enter(
+            zmq.PULL, host, migration_port, "--star-migration-port", MAX_MESSAGE_BYTES
+        )
+        listeners = self._enter(
+            zmq.PUB, host, status_port, "--star-status-port", MAX_SUBSCRIPTION_BYTES
+        )
+        self._pull, self._publisher = members.socket, listeners.socket
         self.peer = Peer(
             instance_id=instance_id,
             incarnation=incarnation,
-            address=access.advertise(f"tcp://{advertise_host}:{port}"),
+            address=access.advertise(f"tcp://{advertise_host}:{members.port}"),
         )
-        self.status_address = access.advertise(f"tcp://{advertise_host}:{publish_port}")
+        self.status_address = access.advertise(f"tcp://{advertise_host}:{listeners.port}")
         # Only this user may give orders: the socket lies in a folder of mode 0700.
         owned.sweep(tempfile.gettempdir(), FOLDER_PREFIX)
         self._folder, self._folder_lock = owned.make_folder(tempfile.gettempdir(), FOLDER_PREFIX)
@@ -120,26 +125,24 @@ class Links:
         self._thread = threading.Thread(target=self._run, name="star-links", daemon=True)
         self._thread.start()
 
-    def _bind(self, kind: int, host: str, port: int, flag: str) -> tuple[zmq.Socket[bytes], int]:
-        socket: zmq.Socket[bytes] = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        self._access.serve(socket)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        self._refusals.append(socket.get_monitor_socket(sum(REFUSED)))
+    def _enter(self, kind: int, host: str, port: int, flag: str, largest: int) -> Entrance:
         try:
-            if port:
-                socket.bind(f"tcp://{host}:{port}")
-                return socket, port
-            return socket, socket.bind_to_random_port(f"tcp://{host}")
-        except zmq.ZMQError as error:
+            entrance = Entrance(
+                self._context, kind, self._access, host=host, port=port, largest=largest
+            )
+        except (OSError, zmq.ZMQError) as error:
             # A context with an open socket would block the interpreter's exit.
             self._end_context()
             raise ConfigError(
                 f"STAR cannot bind tcp://{host}:{port or '*'}: {error}",
                 hint=f"choose another {flag} or --star-host; 0 picks a free port",
             ) from error
+        self._entrances.append(entrance)
+        return entrance
 
     def _end_context(self) -> None:
+        for entrance in self._entrances:
+            entrance.close()
         if self._guard is not None:
             self._guard.stop()
         self._context.destroy(linger=0)
@@ -184,8 +187,8 @@ class Links:
         poller.register(self._pull, zmq.POLLIN)
         poller.register(self._orders, zmq.POLLIN)
         poller.register(self._outbox_wake.fd, zmq.POLLIN)
-        for refusals in self._refusals:
-            poller.register(refusals, zmq.POLLIN)
+        for entrance in self._entrances:
+            poller.register(entrance.events, zmq.POLLIN)
         next_beat = time.monotonic()
         while not self._closing:
             wait = max(0.0, next_beat - time.monotonic()) if self._watch else 1.0
@@ -193,16 +196,13 @@ class Links:
             self._flush()
             self._receive()
             self._receive_orders()
-            self._count_refused()
+            self._look_at_entrances()
             if (now := time.monotonic()) >= next_beat:
                 self._beat(now - next_beat)
                 next_beat = now + self._heartbeat_s
         for connection in self._connections.values():
             connection.close()
-        for socket in (self._pull, self._publisher):
-            socket.disable_monitor()
-        for socket in (self._pull, self._publisher, self._orders, *self._refusals):
-            socket.close(linger=0)
+        self._orders.close(linger=0)
         self._end_context()
         self._remove_folder()
 
@@ -229,6 +229,10 @@ class Links:
     def _connect(self, address: str) -> Connection:
         connection = self._connections.get(address)
         if connection is None:
+            if len(self._connections) >= MAX_PEERS:
+                self._disconnect(
+                    min(self._connections, key=lambda one: self._connections[one].used_at)
+                )
             connection = Connection(self._context, address, self._access)
             self._connections[address] = connection
         return connection
@@ -240,12 +244,17 @@ class Links:
         for peer in self._watch.drop({address}):
             self._deliver(PeerLost(peer, error.message))
 
-    def _count_refused(self) -> None:
-        for refusals in self._refusals:
-            while refusals.poll(0):
-                event = parse_monitor_message(refusals.recv_multipart())
-                self.dropped[REFUSED[zmq.Event(event["event"])]] += 1
-                self._warn_once("refused", "STAR refused a connection: no key of its fleet")
+    def _look_at_entrances(self) -> None:
+        seen: Counter[str] = Counter()
+        for entrance in self._entrances:
+            entrance.look(seen)
+        if not seen:
+            return
+        self.dropped.update(seen)
+        if seen[CROWDED]:
+            self._warn_once(CROWDED, "STAR has too many connections: it lets nobody in for now")
+        if seen.total() > seen[CROWDED]:
+            self._warn_once("refused", "STAR refused a connection: no key of its fleet")
 
     def _disconnect(self, address: str) -> None:
         connection = self._connections.pop(address, None)
@@ -253,7 +262,7 @@ class Links:
             connection.close()
 
     def _receive(self) -> None:
-        while True:
+        for _ in range(MAX_AT_ONCE):
             try:
                 data = self._pull.recv(zmq.NOBLOCK)
             except zmq.ZMQError:
@@ -268,7 +277,7 @@ class Links:
             self._deliver(message)
 
     def _receive_orders(self) -> None:
-        while True:
+        for _ in range(MAX_AT_ONCE):
             try:
                 sender, *_, data = self._orders.recv_multipart(zmq.NOBLOCK)
             except zmq.ZMQError:
@@ -290,7 +299,7 @@ class Links:
         self._warn_once(kind, "STAR dropped bytes on its migration socket: %s", error)
 
     def _warn_once(self, kind: str, text: str, *arguments: object) -> None:
-        if kind not in self._blamed:
+        if kind not in self._blamed and len(self._blamed) < MAX_WARNINGS:
             self._blamed.add(kind)
             logger.warning(text, *arguments)
 
@@ -311,7 +320,7 @@ class Links:
         gone = self._gone()
         for peer in self._watch.drop(gone):
             self._lost(peer, "its process is gone")
-        for address in gone:
+        for address in gone | self._idle():
             self._disconnect(address)
         for peer in self._watch.drop_silent(time.monotonic(), late_s):
             self._lost(peer, f"silent for {self._timeout_s:g} s")
@@ -335,6 +344,11 @@ class Links:
         for connection in self._connections.values():
             connection.note_events()
         return {address for address, one in self._connections.items() if one.gone}
+
+    def _idle(self) -> set[str]:
+        """Addresses that nothing was sent to for long; who is watched is sent heartbeats."""
+        before = time.monotonic() - IDLE_S
+        return {address for address, one in self._connections.items() if one.used_at < before}
 
     def _lost(self, peer: Peer, why: str) -> None:
         self._disconnect(peer.address)

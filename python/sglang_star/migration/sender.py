@@ -70,7 +70,6 @@ class Sender:
         self._config = config
         self._fingerprint = fingerprint
         self._moved_on = moved_on
-        self._streams = 0
         self._transports = transports
         self._cargo = Cargo(engine, post, config)
         self._precopy = Precopy(config)
@@ -121,7 +120,7 @@ class Sender:
         self._check_way(req, target, step_ms, hold_after)
         described = self._engine.describe(req)
         offers = self._transports.offers()
-        stream_id, home = guest_of or (self._new_stream(), self._post.peer)
+        stream_id, home = guest_of or (self._engine.new_id(), self._post.peer)
         move = Outgoing(
             migration_id=migration_id or self._engine.new_id(),
             stream_id=stream_id,
@@ -400,11 +399,6 @@ class Sender:
         logger.info("STAR: move of %s %s: %s", move.client_rid, outcome, detail)
 
     # ------------------------------------------------------------------ small things
-
-    def _new_stream(self) -> str:
-        self._streams += 1
-        peer = self._post.peer
-        return f"{peer.instance_id}/{peer.incarnation}/{self._streams}"
 
     def _send(self, message: MoveMessage, move: Outgoing) -> None:
         self._post.send(move.target, message)

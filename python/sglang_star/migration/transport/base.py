@@ -14,9 +14,26 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import msgspec
+
+from sglang_star.errors import PeerError
 from sglang_star.migration.transport.slots import Slots
+
+Setup = TypeVar("Setup", bound=msgspec.Struct)
+
+
+def read_setup(data: bytes, kind: type[Setup]) -> Setup:
+    """What a peer says of its memory, of a form of our own.
+
+    Raises:
+        PeerError: it is not of that form.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PeerError(f"malformed setup of a transport: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

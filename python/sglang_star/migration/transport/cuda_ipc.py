@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from sglang_star.errors import PeerError
-from sglang_star.migration.transport.base import Grant, Region, Transport
+from sglang_star.migration.transport.base import Grant, Region, Transport, read_setup
 from sglang_star.migration.transport.memory import shape
 
 
@@ -86,10 +86,7 @@ class CudaIpc(Transport):
 
     def open(self, setup: bytes) -> Opened:
         """See :class:`Transport`."""
-        try:
-            wanted = msgspec.msgpack.decode(setup, type=Setup)
-        except msgspec.MsgspecError as error:
-            raise PeerError(f"malformed CUDA IPC setup: {error}") from error
+        wanted = read_setup(setup, Setup)
         count = torch.cuda.device_count()
         here = {_uuid(torch.device("cuda", index)): index for index in range(count)}
         if wanted.device not in here:

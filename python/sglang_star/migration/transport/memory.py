@@ -1,12 +1,15 @@
 """Host memory that other processes of this machine can map, and that goes with this one.
 
 It has no name in any folder: whoever may look into this process's descriptors maps it through
-them. However the process ends, nothing is left behind.
+them. However the process ends, nothing is left behind. Its size is sealed: a process that touches
+a mapping whose memory was taken away is ended by the kernel, and nobody who maps it can do that to
+the others.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import secrets
@@ -22,6 +25,7 @@ from sglang_star.migration.transport.base import Grant, Region
 PAGE = 4096
 SHARE = 0.5
 """Of the memory that is available, what a region may take."""
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def shape(slots: int, slot_bytes: int) -> tuple[int, int]:
@@ -51,10 +55,13 @@ class HostRegion(Region):
                 hint="lower --star-staging-mb",
             )
         self.token = secrets.token_hex(8)
-        self.descriptor = os.memfd_create(name_of(self.token))
+        self.descriptor = os.memfd_create(
+            name_of(self.token), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        )
         try:
             # Memory that is missing shows here, and not as a signal at the first touch.
             os.posix_fallocate(self.descriptor, 0, self.size)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
             memory = mmap.mmap(self.descriptor, self.size)
         except OSError as error:
             os.close(self.descriptor)
@@ -88,6 +95,14 @@ class HostRegion(Region):
 
     def _stamp(self, index: int, stamp: int) -> None:
         self._stamped[index] = stamp
+
+
+def is_sealed(descriptor: int) -> bool:
+    """Whether nobody, its owner included, can take this memory away while it is mapped."""
+    try:
+        return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # a file that has a name and no seals
+        return False
 
 
 def name_of(token: str) -> str:

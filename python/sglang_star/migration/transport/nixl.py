@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from sglang_star.errors import PeerError
-from sglang_star.migration.transport.base import Grant, Transport
+from sglang_star.migration.transport.base import Grant, Transport, read_setup
 from sglang_star.migration.transport.memory import HostRegion
 from sglang_star.migration.transport.nixl_agent import Agent
 from sglang_star.migration.transport.nixl_pump import UNWANTED, Pump
@@ -156,10 +156,7 @@ class Nixl(Transport):
         self.start()
         if not self.setup():
             raise PeerError("NIXL is being started here", hint="retry in a few seconds")
-        try:
-            wanted = msgspec.msgpack.decode(setup, type=Setup)
-        except msgspec.MsgspecError as error:
-            raise PeerError(f"malformed NIXL setup: {error}") from error
+        wanted = read_setup(setup, Setup)
         if wanted.slots <= 0 or wanted.slot_bytes <= 0 or not wanted.metadata:
             raise PeerError("malformed NIXL setup")
         reader = NixlReader(self, wanted)

@@ -12,8 +12,15 @@ import msgspec
 import torch
 
 from sglang_star.errors import PeerError
-from sglang_star.migration.transport.base import Grant, Transport
-from sglang_star.migration.transport.memory import HostRegion, checksum, name_of, pin, shape
+from sglang_star.migration.transport.base import Grant, Transport, read_setup
+from sglang_star.migration.transport.memory import (
+    HostRegion,
+    checksum,
+    is_sealed,
+    name_of,
+    pin,
+    shape,
+)
 
 _TOKEN = re.compile(r"[0-9a-f]{16}")
 _MAX_BYTES = 1 << 40
@@ -57,10 +64,7 @@ class SharedMemory(Transport):
 
     def open(self, setup: bytes) -> Mapped:
         """See :class:`Transport`."""
-        try:
-            wanted = msgspec.msgpack.decode(setup, type=Setup)
-        except msgspec.MsgspecError as error:
-            raise PeerError(f"malformed shared-memory setup: {error}") from error
+        wanted = read_setup(setup, Setup)
         _, size = shape(max(wanted.slots, 0), max(wanted.slot_bytes, 0))
         if not (
             _TOKEN.fullmatch(wanted.token)
@@ -84,6 +88,8 @@ class SharedMemory(Transport):
                 "processes; else use --star-transport nixl",
             ) from error
         try:
+            if not is_sealed(descriptor):
+                raise PeerError("the sender's shared memory could be taken away while it is read")
             if os.fstat(descriptor).st_size != size:
                 raise PeerError("the sender's shared memory has another size")
             return Mapped(mmap.mmap(descriptor, size), wanted, pinned=self._pinned)
