@@ -158,7 +158,8 @@ class RouterConfig:
     @property
     def disaggregated(self) -> bool:
         """True when prefill and decode run on separate instances."""
-        return any(member.role == "decode" for member in self.members)
+        # Roles are not mixed with ``aggregated``: see __post_init__.
+        return self.members[0].role != "aggregated"
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot serve.

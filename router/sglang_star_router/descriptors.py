@@ -84,15 +84,21 @@ class Descriptors:
 
         Who is refused leaves soon: a request that has room waits for that.
         """
+        self._count()
         if self._full(wanted):
             self.errors["descriptors"] += 1
             return False
         self._admitted += 1
         self._promised += wanted
+        return not self._crowded() or await self._cleared(wanted)
+
+    async def _cleared(self, wanted: int) -> bool:
+        """Wait until enough of those who were refused are gone."""
         try:
             async with asyncio.timeout(LEAVE_S):
                 while self._crowded():
                     await asyncio.sleep(LOOK_S)
+                    self._count()
         except TimeoutError:
             self.give_back(wanted)
             self.errors["descriptors"] += 1
@@ -111,12 +117,10 @@ class Descriptors:
         return max(self._upstreams(), self._promised)
 
     def _full(self, wanted: int) -> bool:
-        self._count()
         taken = self._own + self._admitted + max(self._upstreams(), self._promised + wanted)
         return bool(self._limit) and taken + 1 > self._limit - self._reserve
 
     def _crowded(self) -> bool:
-        self._count()
         taken = self._own + self.clients + self._connections()
         return bool(self._limit) and taken > self._limit - self._reserve // 2
 

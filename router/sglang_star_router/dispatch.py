@@ -133,7 +133,12 @@ class Dispatcher:
             raise self._refusal(429, f"{waiting} requests are waiting already", close=True)
 
     async def seat(
-        self, call: Call, rid: str, excluded: Collection[str], since: float | None = None
+        self,
+        call: Call,
+        rid: str,
+        excluded: Collection[str],
+        since: float | None = None,
+        deadline: float = math.inf,
     ) -> Seat:
         """Choose instances for a request, waiting if the policy says so.
 
@@ -141,20 +146,24 @@ class Dispatcher:
             excluded: URLs that have failed this request already.
             since: it has been seated before and came at this time: it waits for nobody in the
                 queue, and takes its old place there if it must.
+            deadline: loop time until which it may be held, at the longest.
 
         Raises:
             Rejected: no instance is left, the queue is full, or the wait was too long.
+            TimeoutError: the deadline has passed.
         """
         arrival = self._arrival(call, rid, since)
-        if since is not None or not any(
-            self._in_time(one, arrival.arrived_s) for one in self._queue
+        if (
+            since is not None
+            or not self._queue
+            or not any(self._in_time(one, arrival.arrived_s) for one in self._queue)
         ):
             seat = self._try(call, arrival, excluded)
             if seat is not None:
                 return seat
         if since is None and len(self._queue) >= self._queue_size:
             raise self._refusal(429, f"{len(self._queue)} requests are waiting already")
-        return await self._hold(call, arrival, excluded)
+        return await self._hold(call, arrival, excluded, deadline)
 
     def prefilled(self, seat: Seat) -> None:
         """Note that prefill has done its part, long before the attempt ends."""
@@ -202,8 +211,9 @@ class Dispatcher:
         Raises:
             Rejected: nobody could take it even with room, or the policy says to refuse.
         """
-        candidates = [one for one in self._fleet.decoding() if one.endpoint.url not in excluded]
-        if not any(one.healthy for one in candidates):
+        if not any(
+            one.healthy and one.endpoint.url not in excluded for one in self._fleet.decoding()
+        ):
             raise self._refusal(503, _why_nobody(self._fleet.decoding()))
         snapshot = self._snapshots.for_arrival(excluded, held=len(self._queue))
         placement = self._place(self._policy, snapshot, arrival)
@@ -291,21 +301,24 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ holding
 
-    async def _hold(self, call: Call, arrival: Arrival, excluded: Collection[str]) -> Seat:
-        seated: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
+    async def _hold(
+        self, call: Call, arrival: Arrival, excluded: Collection[str], deadline: float
+    ) -> Seat:
+        loop = asyncio.get_running_loop()
+        seated: asyncio.Future[Seat] = loop.create_future()
         held = _Held(call, arrival, excluded, seated)
         # Oldest first, as the retries expect: one that comes back takes its old place.
         insort(self._queue, held, key=lambda one: one.arrival.arrived_s)
         self.held += 1
         self._retry_in(RETRY_ANYHOW_S)
         try:
-            async with asyncio.timeout(self._queue_timeout_s):
+            async with asyncio.timeout_at(min(deadline, loop.time() + self._queue_timeout_s)):
                 return await asyncio.shield(seated)
         except BaseException as error:
             # It may have been seated in the very moment the client left or time ran out.
             if seated.done() and not seated.cancelled() and seated.exception() is None:
                 self.leave(seated.result())
-            if isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError) and loop.time() < deadline:
                 raise self._refusal(503, "no instance had room in time") from None
             raise
         finally:

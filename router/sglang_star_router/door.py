@@ -51,7 +51,8 @@ class Door:
         Raises:
             Rejected: it has none, a wrong one, or one that is not enough.
         """
-        if any(part in (".", "..") for part in request.path.split("/")):
+        path = request.path
+        if "." in path and any(part in (".", "..") for part in path.split("/")):
             raise Rejected("no such path", status=404, kind="invalid_request_error")
         if request.path in OPEN_PATHS:
             return

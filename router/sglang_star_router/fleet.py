@@ -150,6 +150,7 @@ class Fleet:
                 breaker=Breaker(limits),
             )  # fmt: skip
             instance.breaker.others = partial(self._stand_ins, instance)
+        self._decoding = self.of_role("decode", "aggregated")
         self.version = 0
         self.lengths = Lengths(calibrate=calibrate)
         self.obstacles = Obstacles()
@@ -168,7 +169,7 @@ class Fleet:
 
     def decoding(self) -> list[Instance]:
         """Instances that decode."""
-        return self.of_role("decode", "aggregated")
+        return self._decoding
 
     def _stand_ins(self, instance: Instance) -> list[Breaker]:
         """Breakers of the instances that could serve instead of ``instance``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -55,6 +56,9 @@ async def serve(router: Router, *, ready: asyncio.Event | None = None) -> None:
         # Before it says that it listens: whoever reads that may end it at once.
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, told)
+        # What exists now stays: the collector need not go through it time and again.
+        gc.collect()
+        gc.freeze()
         logger.info("listening on %s", listener.url)
         if ready is not None:
             ready.set()

@@ -20,7 +20,7 @@ from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.fleet import Instance
 from sglang_star_router.forwarding import request_block
 from sglang_star_router.health import Health
-from sglang_star_router.intake import Intake
+from sglang_star_router.intake import Held, Intake
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.relay import relay
 from sglang_star_router.replies import Rejected, rejection
@@ -55,6 +55,7 @@ class Proxy:
         self._pool = pool
         self._dispatcher = dispatcher
         self._metrics = metrics
+        metrics.active.set_function(lambda: self.budget.active)
         self._intake = intake
         self._attempts = Attempts(
             config.faults, pool, dispatcher, health, metrics, self.budget, self.descriptors,
@@ -64,7 +65,6 @@ class Proxy:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Handle one generation request, start to end."""
         status = 500
-        self._metrics.active.inc()
         self.budget.arrived()
         try:
             response = await self._generate(request)
@@ -77,7 +77,6 @@ class Proxy:
             raise
         finally:
             self.budget.ended()
-            self._metrics.active.dec()
             self._metrics.count(request.path, status)
         return response
 
@@ -87,15 +86,17 @@ class Proxy:
         wanted = 2 if self._config.disaggregated else 1
         if not await self.descriptors.take(wanted):
             return self._no_descriptors()
+        held = Held()
         try:
-            async with self._intake.admit(request) as call:
-                return await self._attempts.answer(request, call, arrived, deadline)
+            call = await self._intake.admit(request, held)
+            return await self._attempts.answer(request, call, arrived, deadline)
         except Rejected as error:
             return rejection(error)
         except TimeoutError:
             limit = f"no answer within {self._config.request_timeout:g} s"
             return rejection(Rejected(limit, status=504, kind="timeout_error"))
         finally:
+            self._intake.release(held)
             self.descriptors.give_back(wanted)
 
     def _no_descriptors(self) -> web.Response:

@@ -8,6 +8,7 @@ microseconds; that is what lets a Python router stand beside a compiled one.
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 import time
 from collections import defaultdict
@@ -18,7 +19,13 @@ from sglang_star.errors import PeerError
 from sglang_star_router.config import Endpoint
 from sglang_star_router.descriptors import is_local
 from sglang_star_router.first_event import end_of_event
-from sglang_star_router.framing import ChunkScanner, FramingError, ResponseHead
+from sglang_star_router.framing import (
+    ChunkScanner,
+    FramingError,
+    ResponseHead,
+    parse_head,
+    unframed,
+)
 
 MAX_HEAD: Final = 64 * 1024
 FIRST_EVENT: Final = 64 * 1024
@@ -120,9 +127,7 @@ class Exchange:
         data = data[: end_of_event(data)]
         if self.scanner is None or self._payload is not None:
             return data
-        content: list[bytes] = []
-        ChunkScanner().feed(data, content)
-        return b"".join(content)
+        return unframed(data)
 
     def discard(self) -> None:
         """Read the response to its end for nobody; its failure concerns nobody either."""
@@ -141,9 +146,7 @@ class Exchange:
         body = b"".join(parts)
         if self.scanner is None or self._payload is not None:
             return body
-        content: list[bytes] = []
-        ChunkScanner().feed(body, content)
-        return b"".join(content)
+        return unframed(body)
 
     def abort(self) -> None:
         """Drop the connection unless the response is complete; the instance sees a disconnect."""
@@ -208,7 +211,7 @@ class Exchange:
             if len(self._block) > MAX_HEAD:
                 raise FramingError("endless response head")
             return
-        head = ResponseHead.parse(self._block[:end], bodiless=self._bodiless)
+        head = parse_head(self._block[:end], bodiless=self._bodiless)
         rest, self._block = self._block[end + 4 :], b""
         if head.status < 200:
             if rest:
@@ -254,7 +257,9 @@ class Exchange:
         if self._early_size > FIRST_EVENT:
             return True
         if head.content_type.startswith(b"text/event-stream"):
-            return end_of_event(b"".join(self._early)) is not None
+            # Nearly always the first event comes in one piece.
+            whole = data if len(self._early) == 1 else b"".join(self._early)
+            return end_of_event(whole) is not None
         return self._left is None or self._left + self._early_size > FIRST_EVENT
 
     def _finish(self, *, reusable: bool) -> None:
@@ -344,6 +349,7 @@ class Pool:
         *,
         unframe: bool = False,
         bodiless: bool = False,
+        deadline: float = math.inf,
     ) -> Exchange:
         """Send a request on a kept or a new connection.
 
@@ -351,8 +357,10 @@ class Pool:
             block: head and body, in pieces.
             unframe: hand on the response body without its chunked framing.
             bodiless: it is a HEAD request.
+            deadline: loop time until which a connection may take to be made, at the longest.
 
         Raises:
+            TimeoutError: the deadline has passed.
             PeerError: the instance does not accept connections.
             OutOfResources: this machine cannot make one.
         """
@@ -363,21 +371,24 @@ class Pool:
                 break
             connection.close()
         else:
-            connection = await self._connect(endpoint)
+            connection = await self._connect(endpoint, deadline)
         return connection.send(block, unframe=unframe, bodiless=bodiless)
 
-    async def _connect(self, endpoint: Endpoint) -> Connection:
+    async def _connect(self, endpoint: Endpoint, deadline: float) -> Connection:
+        loop = asyncio.get_running_loop()
         if endpoint.tls and self._tls is None:
             self._tls = ssl.create_default_context()
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await asyncio.get_running_loop().create_connection(
+            async with asyncio.timeout_at(min(deadline, loop.time() + self._connect_timeout_s)):
+                _, connection = await loop.create_connection(
                     lambda: Connection(self, endpoint),
                     endpoint.host,
                     endpoint.port,
                     ssl=self._tls if endpoint.tls else None,
                 )
         except (OSError, TimeoutError, UnicodeError) as error:
+            if isinstance(error, TimeoutError) and loop.time() >= deadline:
+                raise
             if is_local(error):
                 self._trim()
                 raise OutOfResources(
