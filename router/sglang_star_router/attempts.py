@@ -22,19 +22,21 @@ from sglang_star_router.beginnings import AttemptFailed, Beginnings
 from sglang_star_router.breaker import Trial
 from sglang_star_router.calls import Call
 from sglang_star_router.descriptors import Descriptors
-from sglang_star_router.dispatch import Dispatcher, Seat
+from sglang_star_router.dispatch import Dispatcher
+from sglang_star_router.exchange import Exchange, UpstreamLost
 from sglang_star_router.faults import FaultLimits
-from sglang_star_router.fleet import Instance
 from sglang_star_router.forwarding import request_block
 from sglang_star_router.framing import ResponseHead
 from sglang_star_router.health import Health
+from sglang_star_router.instance import Instance
 from sglang_star_router.logprobs import with_prompt_logprobs
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.paths import RESPONSES
 from sglang_star_router.relay import relay
 from sglang_star_router.replies import Rejected
 from sglang_star_router.retry import RetryBudget, backoff_s
-from sglang_star_router.upstream import Exchange, OutOfResources, Pool, UpstreamLost
+from sglang_star_router.seat import Seat
+from sglang_star_router.upstream import OutOfResources, Pool
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from typing import Final
 
 from aiohttp import web
 
-from sglang_star_router.dispatch import Seat
+from sglang_star_router.exchange import Exchange, UpstreamLost
 from sglang_star_router.faults import FaultLimits
 from sglang_star_router.first_event import error_in
-from sglang_star_router.fleet import Instance
 from sglang_star_router.framing import ResponseHead
 from sglang_star_router.health import Health
+from sglang_star_router.instance import Instance
 from sglang_star_router.pairs import Pairs
-from sglang_star_router.upstream import Exchange, UpstreamLost
+from sglang_star_router.seat import Seat
 
 RETRIED_STATUSES: Final = frozenset({408, 429})
 """Answers about the instance rather than the request, besides 5xx: another may do better."""

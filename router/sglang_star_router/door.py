@@ -12,7 +12,8 @@ from typing import Final
 
 from aiohttp import web
 
-from sglang_star_router.config import ControlKey, RouterConfig
+from sglang_star_router.config import RouterConfig
+from sglang_star_router.control_key import ControlKey
 from sglang_star_router.early import EXTRA_HEAD
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.replies import Rejected

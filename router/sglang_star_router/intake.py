@@ -28,7 +28,7 @@ CONTROL_BYTES: Final = 1024 * 1024
 
 
 @dataclass(slots=True)
-class Held:
+class Admission:
     """What one request holds until :meth:`Intake.release`.
 
     Attributes:
@@ -64,8 +64,8 @@ class Intake:
         self._config = config
         self._dispatcher = dispatcher
 
-    async def admit(self, request: web.Request, held: Held) -> Call:
-        """Take a generation request in; what it ``held`` must be released at the end.
+    async def admit(self, request: web.Request, admission: Admission) -> Call:
+        """Take a generation request in; what it took must be released at the end.
 
         Raises:
             Rejected: it cannot be served, or breaks a limit.
@@ -80,9 +80,9 @@ class Intake:
             raise _unpaired(f"{request.path} cannot be served")
         # Whatever it is, it would be refused: say so before the client sends all of it.
         self._dispatcher.refuse_if_full()
-        body = await self._body(request, self._config.max_payload_bytes, held)
+        body = await self._body(request, self._config.max_payload_bytes, admission)
         await self.gate.enter()
-        held.inside = True
+        admission.inside = True
         call = await self.reader.call(request.path, body)
         if call is None:
             raise Rejected(
@@ -90,19 +90,21 @@ class Intake:
             )
         call = await self._placed(call)
         if call.streams and not kind.streams and self._config.sse_keepalive:
-            held.early = Early(request, self._config.sse_keepalive)
-            held.early.start()
+            admission.early = Early(request, self._config.sse_keepalive)
+            admission.early.start()
         return call
 
-    def release(self, held: Held) -> None:
-        """Take back what a request held."""
-        if held.early is not None:
-            held.early.stop()
-        if held.inside:
+    def release(self, admission: Admission) -> None:
+        """Take back what a request took."""
+        if admission.early is not None:
+            admission.early.stop()
+        if admission.inside:
             self.gate.leave()
-        self.buffered -= held.charged
+        self.buffered -= admission.charged
 
-    async def _body(self, request: web.Request, limit: int, held: Held) -> tuple[bytes, ...]:
+    async def _body(
+        self, request: web.Request, limit: int, admission: Admission
+    ) -> tuple[bytes, ...]:
         """Read a body, in pieces, which is counted as kept from now on.
 
         Args:
@@ -114,9 +116,9 @@ class Intake:
         try:
             if request.content.is_eof():
                 # It has come with the head, as most do: nothing is waited for.
-                return await self._pieces(request, limit, held)
+                return await self._pieces(request, limit, admission)
             async with asyncio.timeout(self._config.body_timeout):
-                return await self._pieces(request, limit, held)
+                return await self._pieces(request, limit, admission)
         except TimeoutError:
             raise _too_slow(self._config.body_timeout) from None
         except (HttpProcessingError, web.RequestPayloadError) as error:
@@ -125,17 +127,19 @@ class Intake:
                 close=True,
             ) from None  # fmt: skip
 
-    async def _pieces(self, request: web.Request, limit: int, held: Held) -> tuple[bytes, ...]:
+    async def _pieces(
+        self, request: web.Request, limit: int, admission: Admission
+    ) -> tuple[bytes, ...]:
         content, declared = request.content, request.content_length or 0
         pieces: list[bytes] = []
         size, tail = 0, bytearray()
         while True:
             if max(size, declared) > limit:
                 raise _too_large(limit)
-            due = max(0, max(size, declared) - held.charged)
+            due = max(0, max(size, declared) - admission.charged)
             if self.buffered + due > self._config.max_buffered_bytes:
                 raise _too_many(self.buffered)
-            held.charged += due
+            admission.charged += due
             self.buffered += due
             if content.at_eof() or not (chunk := await content.readany()):
                 break
@@ -154,13 +158,13 @@ class Intake:
         Raises:
             Rejected: it is too large, too slow, or one too many.
         """
-        held = Held()
+        admission = Admission()
         try:
             return b"".join(
-                await self._body(request, limit or self._config.max_payload_bytes, held)
+                await self._body(request, limit or self._config.max_payload_bytes, admission)
             )
         finally:
-            self.release(held)
+            self.release(admission)
 
     async def _placed(self, call: Call) -> Call:
         """Find out which instances cannot serve it.

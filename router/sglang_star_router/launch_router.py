@@ -17,9 +17,11 @@ from aiohttp import web
 
 from sglang_star.errors import SetupError, StarError
 from sglang_star_router.app import Router
-from sglang_star_router.config import RouterConfig, configure_logging, parse_args
+from sglang_star_router.command_line import parse_args
+from sglang_star_router.config import RouterConfig
 from sglang_star_router.descriptors import raise_soft_limit
 from sglang_star_router.listener import Listener
+from sglang_star_router.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 

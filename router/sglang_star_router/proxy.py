@@ -17,15 +17,16 @@ from sglang_star_router.attempts import Attempts
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.descriptors import Descriptors
 from sglang_star_router.dispatch import Dispatcher
-from sglang_star_router.fleet import Instance
+from sglang_star_router.exchange import Exchange
 from sglang_star_router.forwarding import request_block
 from sglang_star_router.health import Health
-from sglang_star_router.intake import Held, Intake
+from sglang_star_router.instance import Instance
+from sglang_star_router.intake import Admission, Intake
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.relay import relay
 from sglang_star_router.replies import Rejected, rejection
 from sglang_star_router.retry import RetryBudget
-from sglang_star_router.upstream import Exchange, Pool
+from sglang_star_router.upstream import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,9 @@ class Proxy:
         wanted = 2 if self._config.disaggregated else 1
         if not await self.descriptors.take(wanted):
             return self._no_descriptors()
-        held = Held()
+        admission = Admission()
         try:
-            call = await self._intake.admit(request, held)
+            call = await self._intake.admit(request, admission)
             return await self._attempts.answer(request, call, arrived, deadline)
         except Rejected as error:
             return rejection(error)
@@ -96,7 +97,7 @@ class Proxy:
             limit = f"no answer within {self._config.request_timeout:g} s"
             return rejection(Rejected(limit, status=504, kind="timeout_error"))
         finally:
-            self._intake.release(held)
+            self._intake.release(admission)
             self.descriptors.give_back(wanted)
 
     def _no_descriptors(self) -> web.Response:

@@ -13,9 +13,9 @@ from aiohttp.abc import AbstractStreamWriter
 
 from sglang_star_router import early
 from sglang_star_router.closing import CUT
+from sglang_star_router.exchange import Exchange, UpstreamLost
 from sglang_star_router.framing import ResponseHead
 from sglang_star_router.replies import openai_error, sse_error
-from sglang_star_router.upstream import Exchange, UpstreamLost
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from sglang_star_router.breaker import Circuit
-from sglang_star_router.exchange import groups
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
+from sglang_star_router.obstacles import groups
 from sglang_star_router.policy.snapshot import FleetSnapshot, Instances, Placed, Requests
 
 MIN_AGE_S = 0.005

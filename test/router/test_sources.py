@@ -15,7 +15,7 @@ from router.fleet import FakeEngine, eventually, fleet, free_port, request_statu
 from router.test_faults import limits, metric
 from router.test_proxy import STREAM, run
 from router.test_rescheduler import Scripted, always, history, order
-from sglang_star_router.config import Endpoint
+from sglang_star_router.members import Endpoint
 
 
 @pytest.mark.parametrize("how", ["stale", "unhealthy"])
