@@ -2,6 +2,7 @@
 
 The soft limit is raised at start. A reserve is kept for health checks, statuses and for telling
 clients that there is no room; what would need it is answered 503, and no instance is blamed.
+Clients are accepted up to half of it, so that there is always one to tell; the others wait.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Descriptors:
 
     Attributes:
         errors: local failures, by what was short.
-        clients: connections of clients that are open.
+        clients: connections of clients that are open or about to be.
 
     Args:
         reserve: descriptors that requests cannot have.
@@ -108,6 +109,11 @@ class Descriptors:
             raise
         return True
 
+    def has_room(self) -> bool:
+        """Whether one more client may be accepted."""
+        self._count()
+        return not self._crowded(1)
+
     def give_back(self, wanted: int) -> None:
         """End what :meth:`take` let in."""
         self._admitted -= 1
@@ -120,8 +126,8 @@ class Descriptors:
         taken = self._own + self._admitted + max(self._upstreams(), self._promised + wanted)
         return bool(self._limit) and taken + 1 > self._limit - self._reserve
 
-    def _crowded(self) -> bool:
-        taken = self._own + self.clients + self._connections()
+    def _crowded(self, coming: int = 0) -> bool:
+        taken = self._own + self.clients + coming + self._connections()
         return bool(self._limit) and taken > self._limit - self._reserve // 2
 
     def _count(self) -> None:
