@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from sglang_star.errors import PeerError
 from sglang_star_router.engine import EngineClient
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
 from sglang_star_router.replies import Rejected
 
 REMEMBERED: Final = 100_000

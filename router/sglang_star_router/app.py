@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -18,22 +18,23 @@ from sglang_star_router.affinity import Affinity
 from sglang_star_router.closing import CUT, Closing
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.dispatch import Dispatcher
-from sglang_star_router.door import FLEET_PATHS, OPEN_PATHS, Door
+from sglang_star_router.door import OPEN_PATHS, Door
 from sglang_star_router.engine import EngineClient
+from sglang_star_router.engine_api import EngineApi
 from sglang_star_router.fault_views import fault_metrics
-from sglang_star_router.fleet import Fleet, Instance
-from sglang_star_router.forwarding import request_block
+from sglang_star_router.fleet import Fleet
 from sglang_star_router.health import Health
-from sglang_star_router.intake import CONTROL_BYTES, Intake
+from sglang_star_router.intake import Intake
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.paths import PATHS
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.registry import make_dispatch, make_rescheduler
+from sglang_star_router.probes import Probes
 from sglang_star_router.proxy import Proxy
 from sglang_star_router.relay import Relayed
-from sglang_star_router.replies import Rejected, json_reply, rejection
+from sglang_star_router.replies import Rejected, rejection
 from sglang_star_router.rescheduler import OrderSender, Rescheduler
 from sglang_star_router.snapshot import Snapshots
 from sglang_star_router.star_api import StarApi
@@ -42,24 +43,7 @@ from sglang_star_router.upkeep import Upkeep
 from sglang_star_router.upstream import Pool
 from sglang_star_router.views import fleet_metrics
 
-ANY_INSTANCE: Final = (
-    "/v1/{rest:.*}",
-    "/api/tags",
-    "/api/show",
-    "/get_model_info",
-    "/model_info",
-    "/tokenize",
-    "/detokenize",
-    "/parse_function_call",
-    "/separate_reasoning",
-)
-"""Paths any instance answers alike. What changes an instance goes to that instance directly."""
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-SECRETS: Final = frozenset({"api_key", "admin_api_key", "ssl_keyfile_password", "launch_command"})
-READINESS: Final = ("/health", "/health_generate", "/ready", "/readiness")
-NOBODY: Final = Rejected(
-    "no healthy instance", status=503, kind="service_unavailable", retry_after_s=1
-)
 
 
 class Router:
@@ -142,7 +126,6 @@ class Router:
                 stale_s=config.status_stale,
             )
         self.upkeep = Upkeep(self.ledger.expire, self.health.listen)
-        self._turn = 0
         self.metrics.add_source(self._collect)
 
     def application(self) -> web.Application:
@@ -152,29 +135,19 @@ class Router:
         for path, kind in sorted(PATHS.items()):
             for method in kind.methods:
                 app.router.add_route(method, path, self.proxy.generate)
-        for path in FLEET_PATHS:
-            app.router.add_route("*", path, self._every_instance)
         api = StarApi(
             self.fleet, self.ledger, self.sender, self.engine, self.dispatcher, self.feed,
             self.intake,
         )  # fmt: skip
         app.add_routes(api.routes())
+        app.add_routes(Probes(self.fleet, self.closing).routes())
+        app.router.add_get("/metrics", self.show_metrics)
+        app.router.add_get("/dashboard", dashboard.page)
         app.add_routes(
-            [
-                web.get("/liveness", self._is_alive),
-                web.get("/ping", self._is_alive),
-                *(web.get(path, self._is_ready) for path in READINESS),
-                web.get("/metrics", self.show_metrics),
-                web.get("/dashboard", dashboard.page),
-                web.get("/server_info", self._server_info),
-                web.get("/get_server_info", self._server_info),
-                web.get("/v1/realtime", self._no_websocket),
-                web.get("/v1/responses/{name}", self._stored_response),
-                web.post("/v1/responses/{name}/cancel", self._stored_response),
-            ]
+            EngineApi(
+                self.config, self.fleet, self.pool, self.engine, self.intake, self.proxy
+            ).routes()
         )
-        for path in ANY_INSTANCE:
-            app.router.add_route("*", path, self._any_instance)
         app.cleanup_ctx.append(self._running)
         return app
 
@@ -227,113 +200,15 @@ class Router:
             response.force_close()
         return response
 
-    async def _is_alive(self, request: web.Request) -> web.Response:
-        """200 while the router answers at all."""
-        return web.Response()
-
-    async def _is_ready(self, request: web.Request) -> web.Response:
-        """200 while every role has a healthy instance and the router takes requests."""
-        if self.closing.begun:
-            return json_reply({"closing": True}, 503)
-        roles = {one.role for one in self.fleet}
-        missing = sorted(roles - {one.role for one in self.fleet if one.healthy})
-        if not missing:
-            return web.Response()
-        trouble = {one.name: one.trouble for one in self.fleet if not one.healthy}
-        return json_reply({"missing": missing, "trouble": trouble}, 503)
-
     async def show_metrics(self, request: web.Request) -> web.Response:
         """Show what Prometheus reads."""
         return web.Response(body=self.metrics.text(), headers={"Content-Type": METRICS_TYPE})
-
-    async def _no_websocket(self, request: web.Request) -> web.Response:
-        raise Rejected(
-            "the router passes no WebSocket on", status=501, kind="not_implemented_error",
-            hint="POST audio to /v1/audio/transcriptions, or connect to an engine",
-        )  # fmt: skip
-
-    async def _stored_response(self, request: web.Request) -> web.StreamResponse:
-        """Ask the engine that stores a response."""
-        if self.config.disaggregated:
-            raise Rejected(
-                "SGLang stores no responses where prefill and decode are apart",
-                status=501, kind="not_implemented_error",
-            )  # fmt: skip
-        home = await self.intake.affinity.home(request.match_info["name"])
-        return await self.proxy.forward(request, home)
-
-    async def _any_instance(self, request: web.Request) -> web.StreamResponse:
-        """Pass on what any instance can answer, to each healthy one in turn."""
-        healthy = [one for one in self.fleet.decoding() if one.healthy]
-        if not healthy:
-            return rejection(NOBODY)
-        self._turn += 1
-        return await self.proxy.forward(request, healthy[self._turn % len(healthy)])
-
-    async def _every_instance(self, request: web.Request) -> web.Response:
-        """Send to every healthy instance; the answer is the worst of theirs."""
-        body = await self.intake.read(request, CONTROL_BYTES)
-        members = [one for one in self.fleet if one.healthy]
-        if not members:
-            return rejection(NOBODY)
-        answers = await asyncio.gather(
-            *(self._ask(request, one, body) for one in members), return_exceptions=True
-        )
-        report: dict[str, Any] = {}
-        worst = 200
-        for instance, answer in zip(members, answers, strict=True):
-            if isinstance(answer, BaseException):
-                answer = (502, str(answer))
-            worst = max(worst, answer[0])
-            report[instance.name] = {"status": answer[0], "answer": answer[1]}
-        return json_reply({"instances": report}, worst)
-
-    async def _ask(self, request: web.Request, instance: Instance, body: bytes) -> tuple[int, str]:
-        block = request_block(request, (body,), instance)
-        exchange = await self.pool.send(instance.endpoint, block)
-        try:
-            async with asyncio.timeout(self.config.request_timeout):
-                head = await exchange.opened
-                return head.status, (await exchange.collect()).decode(errors="replace")
-        finally:
-            exchange.abort()
-
-    async def _server_info(self, request: web.Request) -> web.StreamResponse:
-        """One instance's when aggregated; in PD all of them, under ``prefill`` and ``decode``."""
-        if not self.config.disaggregated:
-            self._turn += 1
-            healthy = [one for one in self.fleet if one.healthy]
-            if not healthy:
-                return rejection(NOBODY)
-            one = healthy[self._turn % len(healthy)]
-            status, info = await self.engine.json(one, "GET", "/server_info")
-            return json_reply(_without_secrets(info), status)
-        infos: dict[str, list[Any]] = {"prefill": [], "decode": []}
-        for instance in self.fleet:
-            if not instance.healthy:
-                continue
-            try:
-                status, info = await self.engine.json(instance, "GET", "/server_info")
-            except PeerError:
-                continue
-            if status == 200:
-                infos[instance.role].append(_without_secrets(info))
-        if not all(infos.values()):
-            return rejection(NOBODY)
-        return json_reply(infos)
 
     def _collect(self) -> Iterable[Metric]:
         yield from fleet_metrics(
             self.fleet, self.ledger, self.dispatcher, self.feed, self.rescheduler
         )
         yield from fault_metrics(self.fleet, self.dispatcher, self.proxy, self.health, self.upkeep)
-
-
-def _without_secrets(info: Any) -> Any:
-    """What an engine says of itself, less its keys, which plain SGLang shows."""
-    if not isinstance(info, dict):
-        return info
-    return {name: value for name, value in info.items() if name not in SECRETS}
 
 
 def _hold_deadline_s(config: RouterConfig) -> float:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -24,19 +22,21 @@ from sglang_star_router.beginnings import AttemptFailed, Beginnings
 from sglang_star_router.breaker import Trial
 from sglang_star_router.calls import Call
 from sglang_star_router.descriptors import Descriptors
-from sglang_star_router.dispatch import Dispatcher, Seat
+from sglang_star_router.dispatch import Dispatcher
+from sglang_star_router.exchange import Exchange, UpstreamLost
 from sglang_star_router.faults import FaultLimits
-from sglang_star_router.fleet import Instance
 from sglang_star_router.forwarding import request_block
 from sglang_star_router.framing import ResponseHead
 from sglang_star_router.health import Health
+from sglang_star_router.instance import Instance
 from sglang_star_router.logprobs import with_prompt_logprobs
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.paths import RESPONSES
 from sglang_star_router.relay import relay
 from sglang_star_router.replies import Rejected
 from sglang_star_router.retry import RetryBudget, backoff_s
-from sglang_star_router.upstream import Exchange, OutOfResources, Pool, UpstreamLost
+from sglang_star_router.seat import Seat
+from sglang_star_router.upstream import OutOfResources, Pool
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,13 @@ class Attempts:
         retry = 0
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
-                    seat = await self._dispatcher.seat(
-                        call,
-                        rid,
-                        record.excluded | record.narrow,
-                        since=None if failure is None else arrived,
-                    )
+                seat = await self._dispatcher.seat(
+                    call,
+                    rid,
+                    record.excluded | record.narrow,
+                    since=None if failure is None else arrived,
+                    deadline=deadline,
+                )
             except Rejected:
                 if record.narrow:
                     record.narrow = set()
@@ -192,24 +192,23 @@ class Attempts:
         prefill: Exchange | None = None
         decode: Exchange | None = None
         try:
-            async with asyncio.timeout_at(deadline):
-                fields = call.naming(rid)
-                if seat.prefill is not None:
-                    fields |= self._bootstrap(call, seat.prefill)
-                body = call.with_fields(fields)
-                if seat.prefill is not None:
-                    prefill = await self._send(request, body, seat.prefill)
-                decode = await self._send(request, body, seat.decode)
-                with self._waiting(seat, prefill, decode):
-                    head = await self._beginnings.begun(seat, prefill, decode)
-                for instance in (seat.decode, seat.prefill):
-                    if instance is not None:
-                        instance.line.heard_at = time.monotonic()
-                        seat.trial(instance).succeeded()
-                for trial in record.kept:
-                    if any(trial.breaker is one.breaker for one in seat.trials.values()):
-                        trial.forgive()
-                if prefill is not None and call.prompt_logprobs and not call.streams:
+            fields = call.naming(rid)
+            if seat.prefill is not None:
+                fields |= self._bootstrap(call, seat.prefill)
+            body = call.with_fields(fields)
+            if seat.prefill is not None:
+                prefill = await self._send(request, body, seat.prefill, deadline)
+            decode = await self._send(request, body, seat.decode, deadline)
+            head = await self._begun(seat, prefill, decode, deadline)
+            for instance in (seat.decode, seat.prefill):
+                if instance is not None:
+                    instance.line.heard_at = time.monotonic()
+                    seat.trial(instance).succeeded()
+            for trial in record.kept:
+                if any(trial.breaker is one.breaker for one in seat.trials.values()):
+                    trial.forgive()
+            if prefill is not None and call.prompt_logprobs and not call.streams:
+                async with asyncio.timeout_at(deadline):
                     return await self._merged(seat, prefill, decode, head)
             if call.path == RESPONSES and head.status < 400:
                 self._affinity.note(rid, seat.decode)
@@ -240,13 +239,18 @@ class Attempts:
         return call.bootstrap(prefill.endpoint.host, prefill.bootstrap_port)
 
     async def _send(
-        self, request: web.Request, body: tuple[bytes, ...], instance: Instance
+        self,
+        request: web.Request,
+        body: tuple[bytes, ...],
+        instance: Instance,
+        deadline: float,
     ) -> Exchange:
         try:
             return await self._pool.send(
                 instance.endpoint,
                 request_block(request, body, instance),
                 unframe=request.version < (1, 1),
+                deadline=deadline,
             )
         except OutOfResources as error:
             raise AttemptFailed(error.message, "local") from error
@@ -254,16 +258,20 @@ class Attempts:
             self._health.suspect(instance, error.message)
             raise AttemptFailed(error.message, "connect", (instance,)) from error
 
-    @contextmanager
-    def _waiting(self, seat: Seat, prefill: Exchange | None, decode: Exchange) -> Iterator[None]:
-        """Let the instances' lines know who waits, so that a dead one can send them elsewhere."""
+    async def _begun(
+        self, seat: Seat, prefill: Exchange | None, decode: Exchange, deadline: float
+    ) -> ResponseHead:
+        """Wait for the answer to begin, known to the lines of the instances that are waited for.
+
+        So a dead one can send what waits elsewhere.
+        """
         both = [(seat.decode.line, decode)]
         if seat.prefill is not None and prefill is not None:
             both.append((seat.prefill.line, prefill))
         for line, exchange in both:
             line.wait(exchange, seat.prompt_tokens)
         try:
-            yield
+            return await self._beginnings.begun(seat, prefill, decode, deadline)
         finally:
             for line, exchange in both:
                 line.begun(exchange)

@@ -12,14 +12,14 @@ from typing import Final
 
 from aiohttp import web
 
-from sglang_star_router.dispatch import Seat
+from sglang_star_router.exchange import Exchange, UpstreamLost
 from sglang_star_router.faults import FaultLimits
 from sglang_star_router.first_event import error_in
-from sglang_star_router.fleet import Instance
 from sglang_star_router.framing import ResponseHead
 from sglang_star_router.health import Health
+from sglang_star_router.instance import Instance
 from sglang_star_router.pairs import Pairs
-from sglang_star_router.upstream import Exchange, UpstreamLost
+from sglang_star_router.seat import Seat
 
 RETRIED_STATUSES: Final = frozenset({408, 429})
 """Answers about the instance rather than the request, besides 5xx: another may do better."""
@@ -55,21 +55,29 @@ class Beginnings:
         self._health = health
         self._pairs = Pairs()
 
-    async def begun(self, seat: Seat, prefill: Exchange | None, decode: Exchange) -> ResponseHead:
+    async def begun(
+        self, seat: Seat, prefill: Exchange | None, decode: Exchange, deadline: float
+    ) -> ResponseHead:
         """Wait until the answer has begun well.
+
+        Args:
+            deadline: of the request as a whole, loop time.
 
         Raises:
             AttemptFailed: it has not.
+            TimeoutError: the deadline has passed.
         """
+        loop = asyncio.get_running_loop()
+        due = min(deadline, loop.time() + self._limits.first_byte_timeout)
         try:
-            async with asyncio.timeout(self._limits.first_byte_timeout) as limit:
+            async with asyncio.timeout_at(due) as limit:
                 if prefill is None or seat.prefill is None:
                     head = await self._opened(decode, seat.decode)
                     await self._check(decode, head, (seat.decode,))
                     return head
                 return await self._pair_begun(prefill, seat.prefill, decode, seat.decode)
         except TimeoutError:
-            if not limit.expired():
+            if not limit.expired() or due == deadline:
                 raise
             late: tuple[Instance, ...] = (seat.decode,)
             if seat.prefill is not None and prefill is not None:

@@ -7,10 +7,9 @@ reader the engines use.
 
 from __future__ import annotations
 
+import os
 import secrets
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -70,10 +69,25 @@ class _Fields(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Fields)
+_NOTHING: Final = (ABSENT,) * len(_Fields.__struct_fields__)
 
 
-class Facts(msgspec.Struct, frozen=True):
-    """What a body says; attributes as in :class:`Call`."""
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a body says.
+
+    Attributes:
+        batch: number of prompts; samples: completions wanted of each.
+        rid: the client's own rid when it gave a single one, else empty.
+        named: the body already has a name for its request, of whatever form.
+        prompt_bytes: size of the prompt's text as JSON, over all prompts.
+        prompt_ids: number of token ids or embeddings when the prompt came as such, else 0.
+        media: images, sounds and films in the prompt.
+        max_new_tokens: per sample; 0 when the request leaves it to the engine.
+        streams: the client wants a stream.
+        prompt_logprobs: the answer must carry logprobs of the prompt.
+        previous: id of the stored response that this one goes on from; background: it is to be
+            run, stored and asked for later. Both of the Responses API only.
+    """
 
     batch: int = 1
     samples: int = 1
@@ -89,40 +103,16 @@ class Facts(msgspec.Struct, frozen=True):
     background: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Facts, frozen=True, kw_only=True):
     """One generation request as the router sees it.
 
     Attributes:
         body: as the client sent it, in pieces.
-        batch: number of prompts; samples: completions wanted of each.
-        rid: the client's own rid when it gave a single one, else empty.
-        named: the body already has a name for its request, of whatever form.
-        prompt_bytes: size of the prompt's text as JSON, over all prompts.
-        prompt_ids: number of token ids or embeddings when the prompt came as such, else 0.
-        media: images, sounds and films in the prompt.
-        max_new_tokens: per sample; 0 when the request leaves it to the engine.
-        streams: the client wants a stream.
-        prompt_logprobs: the answer must carry logprobs of the prompt.
-        previous: id of the stored response that this one goes on from; background: it is to be
-            run, stored and asked for later. Both of the Responses API only.
         avoid: URLs of instances that cannot serve it.
     """
 
     path: str
     body: tuple[bytes, ...]
-    batch: int
-    samples: int
-    rid: str
-    named: bool
-    prompt_bytes: int
-    prompt_ids: int
-    max_new_tokens: int
-    streams: bool
-    prompt_logprobs: bool = False
-    media: int = 0
-    previous: str = ""
-    background: bool = False
     avoid: frozenset[str] = frozenset()
 
     @classmethod
@@ -153,7 +143,7 @@ class Call:
 
     def name(self) -> str:
         """The request's name: its own, a new one of the form SGLang gives, or none."""
-        return self.rid or (self.kind.name_prefix + uuid.uuid4().hex if self.nameable else "")
+        return self.rid or (self.kind.name_prefix + _random_name() if self.nameable else "")
 
     def naming(self, rid: str) -> dict[str, Any]:
         """Fields that give it the name ``rid``."""
@@ -253,26 +243,34 @@ def _prompt(fields: _Fields) -> Prompt:
     """Measure the prompt, wherever it stands."""
     found = Prompt()
     for raw in (fields.messages, fields.input, fields.instances):
-        if raw != ABSENT:
+        if raw is not ABSENT:
             found = parts(raw)
             break
     else:
         for raw, unit in (
             (fields.prompt, 1), (fields.text, 0), (fields.input_ids, 1), (fields.input_embeds, 2),
         ):  # fmt: skip
-            if raw != ABSENT and bytes(raw) != b"null":
+            if raw is not ABSENT and bytes(raw) != b"null":
                 found = prompts(raw, unit)
                 break
     # What templates put before and around the messages, and what is scored against what.
     around = (fields.system, fields.instructions, fields.tools,
               fields.query, fields.items, fields.documents)  # fmt: skip
     media = (fields.images, fields.image_data, fields.video_data, fields.audio_data)
+    if around == _NOTHING[: len(around)] and media == _NOTHING[: len(media)]:
+        return found
     return Prompt(
         text=found.text + sum(len(bytes(raw)) for raw in around),
         ids=found.ids,
         media=found.media + sum(number_of_media(raw) for raw in media),
         batch=found.batch,
     )
+
+
+def _random_name() -> str:
+    """``uuid.uuid4().hex`` without the object."""
+    drawn = int.from_bytes(os.urandom(16), "big")
+    return f"{drawn & ~(0xF << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62:032x}"
 
 
 def _without_end(body: tuple[bytes, ...], end: bytes) -> list[bytes]:
@@ -287,7 +285,7 @@ def _without_end(body: tuple[bytes, ...], end: bytes) -> list[bytes]:
 
 
 def _value(raw: msgspec.Raw) -> Any:
-    return msgspec.json.decode(raw) if raw != ABSENT else None
+    return msgspec.json.decode(raw) if raw is not ABSENT else None
 
 
 def _name(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 The soft limit is raised at start. A reserve is kept for health checks, statuses and for telling
 clients that there is no room; what would need it is answered 503, and no instance is blamed.
+Clients are accepted up to half of it, so that there is always one to tell; the others wait.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Descriptors:
 
     Attributes:
         errors: local failures, by what was short.
-        clients: connections of clients that are open.
+        clients: connections of clients that are open or about to be.
 
     Args:
         reserve: descriptors that requests cannot have.
@@ -84,15 +85,21 @@ class Descriptors:
 
         Who is refused leaves soon: a request that has room waits for that.
         """
+        self._count()
         if self._full(wanted):
             self.errors["descriptors"] += 1
             return False
         self._admitted += 1
         self._promised += wanted
+        return not self._crowded() or await self._cleared(wanted)
+
+    async def _cleared(self, wanted: int) -> bool:
+        """Wait until enough of those who were refused are gone."""
         try:
             async with asyncio.timeout(LEAVE_S):
                 while self._crowded():
                     await asyncio.sleep(LOOK_S)
+                    self._count()
         except TimeoutError:
             self.give_back(wanted)
             self.errors["descriptors"] += 1
@@ -101,6 +108,11 @@ class Descriptors:
             self.give_back(wanted)
             raise
         return True
+
+    def has_room(self) -> bool:
+        """Whether one more client may be accepted."""
+        self._count()
+        return not self._crowded(1)
 
     def give_back(self, wanted: int) -> None:
         """End what :meth:`take` let in."""
@@ -111,13 +123,11 @@ class Descriptors:
         return max(self._upstreams(), self._promised)
 
     def _full(self, wanted: int) -> bool:
-        self._count()
         taken = self._own + self._admitted + max(self._upstreams(), self._promised + wanted)
         return bool(self._limit) and taken + 1 > self._limit - self._reserve
 
-    def _crowded(self) -> bool:
-        self._count()
-        taken = self._own + self.clients + self._connections()
+    def _crowded(self, coming: int = 0) -> bool:
+        taken = self._own + self.clients + coming + self._connections()
         return bool(self._limit) and taken > self._limit - self._reserve // 2
 
     def _count(self) -> None:

@@ -12,7 +12,8 @@ from typing import Final
 
 from aiohttp import web
 
-from sglang_star_router.config import ControlKey, RouterConfig
+from sglang_star_router.config import RouterConfig
+from sglang_star_router.control_key import ControlKey
 from sglang_star_router.early import EXTRA_HEAD
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.replies import Rejected
@@ -51,7 +52,8 @@ class Door:
         Raises:
             Rejected: it has none, a wrong one, or one that is not enough.
         """
-        if any(part in (".", "..") for part in request.path.split("/")):
+        path = request.path
+        if "." in path and any(part in (".", "..") for part in path.split("/")):
             raise Rejected("no such path", status=404, kind="invalid_request_error")
         if request.path in OPEN_PATHS:
             return

@@ -8,8 +8,9 @@ from typing import Any
 import orjson
 
 from sglang_star.errors import PeerError
-from sglang_star_router.fleet import Instance
-from sglang_star_router.upstream import Pool, UpstreamLost
+from sglang_star_router.exchange import UpstreamLost
+from sglang_star_router.instance import Instance
+from sglang_star_router.upstream import Pool
 
 
 class EngineClient:

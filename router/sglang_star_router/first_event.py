@@ -30,8 +30,10 @@ class EventError:
 
 def end_of_event(data: bytes) -> int | None:
     """Where the first event ends; inside chunked framing it may seem to end a little early."""
-    ends = [at + len(mark) for mark in (b"\n\n", b"\r\n\r\n") if (at := data.find(mark)) >= 0]
-    return min(ends, default=None)
+    plain, other = data.find(b"\n\n"), data.find(b"\r\n\r\n")
+    if other < 0:
+        return plain + 2 if plain >= 0 else None
+    return min(plain + 2, other + 4) if plain >= 0 else other + 4
 
 
 def error_in(payload: bytes) -> EventError | None:

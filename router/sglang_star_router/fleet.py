@@ -1,4 +1,4 @@
-"""The fleet as the router knows it: every instance, its latest status, what was sent to it since.
+"""The fleet as the router knows it: all instances, and what their statuses tell together.
 
 A status counts only if it comes from the incarnation the instance advertised and is newer than the
 one before. One from another incarnation means a restart: the instance is described afresh before
@@ -10,19 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 
 from sglang_star.errors import ConfigError
 from sglang_star.protocol import Advertisement, InstanceStatus, MoveReport
 from sglang_star_router.breaker import Breaker
-from sglang_star_router.config import Endpoint, Member
-from sglang_star_router.exchange import Obstacles
 from sglang_star_router.faults import FaultLimits
+from sglang_star_router.instance import Dispatch, Instance
 from sglang_star_router.lengths import Lengths
-from sglang_star_router.line import Line
-from sglang_star_router.policy.snapshot import RESERVE_EACH
+from sglang_star_router.members import Member
+from sglang_star_router.obstacles import Obstacles
+from sglang_star_router.prompt_sizes import PromptSizes
 from sglang_star_router.table import RequestTable
 
 logger = logging.getLogger(__name__)
@@ -40,91 +39,6 @@ class Verdict(Enum):
     OTHER_INSTANCE = "other_instance"
 
 
-@dataclass(slots=True, eq=False)
-class Dispatch:
-    """A request this router has sent to an instance and that has not ended.
-
-    Attributes:
-        rid: empty for batches, whose rids the engine makes up.
-        prompt_tokens: estimate; sent_s: monotonic seconds.
-        seen: the instance's status has shown it, so it no longer needs counting twice.
-    """
-
-    rid: str
-    prompt_tokens: int
-    max_new_tokens: int
-    sent_s: float
-    seen: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Instance:
-    """One instance and everything known of it.
-
-    Attributes:
-        name: what policies and operators call it: its advertised id, or its URL.
-        healthy: passes health checks; trouble: why it is excluded, empty when it is not.
-        advertisement: None until described, and always for plain SGLang.
-        status, status_at: latest status and when it came, monotonic seconds.
-        table: the requests of ``status`` as arrays.
-        held_back: an operator asked the router to send nothing new here.
-        context_limit: longest prompt it takes, tokens; 0 if unknown.
-        reserve_each: KV tokens its admission keeps free for every active request; SGLang's
-            default for an instance that does not say.
-        dispatches: requests sent here that have not ended.
-        bootstrap_port: of a prefill instance; reported_port: what it said of it last.
-        breaker: how attempts here went; line: what is under way.
-    """
-
-    endpoint: Endpoint
-    role: str
-    bootstrap_port: int | None
-    name: str
-    healthy: bool = False
-    trouble: str = "not contacted yet"
-    advertisement: Advertisement | None = None
-    described: bool = False
-    context_limit: int = 0
-    kv_capacity: int = 0
-    reserve_each: int = RESERVE_EACH
-    status: InstanceStatus | None = None
-    status_at: float = 0.0
-    table: RequestTable = field(default_factory=RequestTable.empty)
-    held_back: bool = False
-    failures: int = 0
-    successes: int = 0
-    restarts: int = 0
-    dispatches: set[Dispatch] = field(default_factory=set)
-    by_rid: dict[str, Dispatch] = field(default_factory=dict)
-    reported_port: int = 0
-    breaker: Breaker = field(default_factory=lambda: Breaker(FaultLimits()))
-    line: Line = field(default_factory=Line)
-
-    @property
-    def guest_reserve(self) -> int:
-        """Of :attr:`reserve_each`, what it keeps free when a guest comes."""
-        return 0 if self.role == "aggregated" else self.reserve_each
-
-    @property
-    def draining(self) -> bool:
-        """No new work is wanted, by the engine's own word or by an operator's."""
-        return self.held_back or (self.status is not None and self.status.draining)
-
-    def unseen(self) -> list[Dispatch]:
-        """Requests sent here that its status does not show yet, in no particular order."""
-        if self.advertisement is None:
-            return list(self.dispatches)
-        return [sent for sent in self.dispatches if not sent.seen]
-
-    def age_s(self, now: float) -> float:
-        """Age of the status; infinite if there is none."""
-        return now - self.status_at if self.status is not None else float("inf")
-
-    def alive(self, now: float, stale_s: float) -> bool:
-        """Whether it is healthy and its status, if it has one, fresh: moves off it can work."""
-        return self.healthy and (self.status is None or now - self.status_at <= stale_s)
-
-
 class Fleet:
     """All instances, the lengths of what finished, and when each request last moved.
 
@@ -132,6 +46,7 @@ class Fleet:
         version: grows whenever a snapshot taken before would differ.
         lengths: what requests that have ended tell.
         obstacles: between which instances no request can move.
+        prompts: what their sizes tell.
     """
 
     def __init__(
@@ -150,13 +65,13 @@ class Fleet:
                 breaker=Breaker(limits),
             )  # fmt: skip
             instance.breaker.others = partial(self._stand_ins, instance)
+        self._decoding = self.of_role("decode", "aggregated")
         self.version = 0
         self.lengths = Lengths(calibrate=calibrate)
         self.obstacles = Obstacles()
+        self.prompts = PromptSizes()
         self.on_move_report: Callable[[Instance, MoveReport], None] = _ignore_report
         self._settled_s: dict[str, float] = {}
-        self._bytes_per_token = 4.0
-        self._prompt_bytes: dict[str, int] = {}
         self._changed: set[Callable[[], None]] = set()
 
     def __iter__(self) -> Iterator[Instance]:
@@ -168,7 +83,7 @@ class Fleet:
 
     def decoding(self) -> list[Instance]:
         """Instances that decode."""
-        return self.of_role("decode", "aggregated")
+        return self._decoding
 
     def _stand_ins(self, instance: Instance) -> list[Breaker]:
         """Breakers of the instances that could serve instead of ``instance``."""
@@ -266,7 +181,7 @@ class Fleet:
                 row = table.row(sent.rid) if sent.rid else None
                 if row is not None:
                     sent.seen = True
-                    self._learn_prompt_length(sent.rid, int(table.prompt_tokens[row]))
+                    self.prompts.learn(sent.rid, int(table.prompt_tokens[row]))
                 elif not sent.rid:
                     sent.seen = now - sent.sent_s > SEND_GRACE_S
         for rid in before.rids:
@@ -302,7 +217,7 @@ class Fleet:
         instance.dispatches.add(dispatch)
         if rid:
             instance.by_rid[rid] = dispatch
-            self._prompt_bytes[rid] = prompt_bytes
+            self.prompts.note(rid, prompt_bytes)
         return dispatch
 
     def ended(self, instance: Instance, dispatch: Dispatch) -> None:
@@ -310,19 +225,10 @@ class Fleet:
         instance.dispatches.discard(dispatch)
         if instance.by_rid.get(dispatch.rid) is dispatch:
             del instance.by_rid[dispatch.rid]
-        self._prompt_bytes.pop(dispatch.rid, None)
+        self.prompts.forget(dispatch.rid)
         if self.lengths.awaits(dispatch.rid) and not self._in_flight(dispatch.rid):
             self.lengths.ended(dispatch.rid)
         self.changed()
-
-    def tokens_of(self, prompt_bytes: int) -> int:
-        """Estimate the tokens of a prompt from its size; the ratio is learnt from statuses."""
-        return max(1, round(prompt_bytes / self._bytes_per_token))
-
-    def _learn_prompt_length(self, rid: str, tokens: int) -> None:
-        size = self._prompt_bytes.pop(rid, 0)
-        if size and tokens:
-            self._bytes_per_token += 0.05 * (size / tokens - self._bytes_per_token)
 
     # ------------------------------------------------------------------ change
 

@@ -7,8 +7,8 @@ from typing import Final
 from aiohttp import web
 
 from sglang_star_router.door import AUTHORIZATION
-from sglang_star_router.fleet import Instance
 from sglang_star_router.framing import HOP_BY_HOP
+from sglang_star_router.instance import Instance
 
 _NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"host",

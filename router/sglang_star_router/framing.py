@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 HOP_BY_HOP: Final = frozenset(
@@ -99,6 +100,16 @@ class ResponseHead:
         )  # fmt: skip
 
 
+@lru_cache(maxsize=32)
+def parse_head(block: bytes, *, bodiless: bool) -> ResponseHead:
+    """:meth:`ResponseHead.parse`; an instance's heads are all alike, but for the date in them.
+
+    Raises:
+        FramingError: not a response head.
+    """
+    return ResponseHead.parse(block, bodiless=bodiless)
+
+
 class ChunkScanner:
     """Follows chunked framing and says where the body ends.
 
@@ -128,13 +139,15 @@ class ChunkScanner:
         position, size = 0, len(data)
         while position < size:
             if self._skip:
-                step = min(self._skip, size - position)
-                if payload is not None:
-                    content = min(step, max(0, self._skip - 2))
-                    if content:
-                        payload.append(data[position : position + content])
-                self._skip -= step
-                position += step
+                end = position + self._skip
+                # The last two bytes of what is skipped are the chunk's CRLF.
+                if payload is not None and self._skip > 2:
+                    payload.append(data[position : min(end - 2, size)])
+                if end > size:
+                    self._skip = end - size
+                    break
+                self._skip = 0
+                position = end
                 continue
             end = data.find(b"\n", position)
             if end < 0:
@@ -143,23 +156,49 @@ class ChunkScanner:
                     raise FramingError("endless chunk header")
                 self.at_boundary = False
                 return size
-            line = (self._line + data[position : end + 1]).rstrip(b"\r\n")
-            self._line = b""
+            line = data[position : end + 1]
+            if self._line:
+                line, self._line = self._line + line, b""
             position = end + 1
             if self._trailers:
-                if not line:
+                if not line.rstrip(b"\r\n"):
                     self.done = True
                     return position
                 continue
-            digits = line if line.isalnum() else line.split(b";", 1)[0].strip()
-            # int() would also take a sign, underscores and 0x.
-            if not digits.isalnum() or digits[1:2] in _X:
-                raise FramingError(f"not a chunk size: {line[:80]!r}")
-            try:
-                length = int(digits, 16)
-            except ValueError:
-                raise FramingError(f"not a chunk size: {line[:80]!r}") from None
+            length = _chunk_size(line)
             self._skip = length + 2 if length else 0
             self._trailers = not length
         self.at_boundary = self._skip == 0 and not self._trailers
         return size
+
+
+@lru_cache(maxsize=1024)
+def _chunk_size(line: bytes) -> int:
+    """What a chunk's header line says; events of a stream have few different sizes.
+
+    Raises:
+        FramingError: not a size.
+    """
+    line = line.rstrip(b"\r\n")
+    digits = line if line.isalnum() else line.split(b";", 1)[0].strip()
+    # int() would also take a sign, underscores and 0x.
+    if not digits.isalnum() or digits[1:2] in _X:
+        raise FramingError(f"not a chunk size: {line[:80]!r}")
+    try:
+        return int(digits, 16)
+    except ValueError:
+        raise FramingError(f"not a chunk size: {line[:80]!r}") from None
+
+
+def unframed(data: bytes) -> bytes:
+    """The contents of a body's first chunks, as far as they are there.
+
+    Raises:
+        FramingError: not chunked framing.
+    """
+    end = data.find(b"\n")
+    if end >= 0 and len(data) - end - 1 <= _chunk_size(data[: end + 1]):
+        return data[end + 1 :]
+    content: list[bytes] = []
+    ChunkScanner().feed(data, content)
+    return b"".join(content)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from sglang_star_router.replies import Rejected
 
@@ -30,24 +28,23 @@ class Gate:
         self._queue_size = queue_size
         self._queue_timeout_s = queue_timeout_s
 
-    @asynccontextmanager
-    async def inside(self) -> AsyncIterator[None]:
-        """Wait for a place and keep it.
+    async def enter(self) -> None:
+        """Wait for a place and keep it until :meth:`leave`.
 
         Raises:
             Rejected: too many wait, or the wait was too long.
         """
         if self._places is not None or self._rate:
-            await self._enter()
+            await self._wait()
         self.active += 1
-        try:
-            yield
-        finally:
-            self.active -= 1
-            if self._places is not None:
-                self._places.release()
 
-    async def _enter(self) -> None:
+    def leave(self) -> None:
+        """Give the place back."""
+        self.active -= 1
+        if self._places is not None:
+            self._places.release()
+
+    async def _wait(self) -> None:
         delay = self._delay()
         if (delay or self._full) and self.waiting >= self._queue_size:
             raise _refusal(f"{self.waiting} requests are waiting already", delay)

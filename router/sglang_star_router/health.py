@@ -19,7 +19,8 @@ from sglang_star.errors import ConfigError, PeerError, StarError, VersionMismatc
 from sglang_star.protocol import PROTOCOL_VERSION, Advertisement
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.engine import EngineClient
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
 from sglang_star_router.policy.snapshot import RESERVE_EACH
 from sglang_star_router.upstream import OutOfResources
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
@@ -29,9 +28,17 @@ CONTROL_BYTES: Final = 1024 * 1024
 
 
 @dataclass(slots=True)
-class _Kept:
-    pieces: list[bytes] = field(default_factory=list)
+class Admission:
+    """What one request holds until :meth:`Intake.release`.
+
+    Attributes:
+        charged: bytes of its body, as counted; inside: it has a place within the gate.
+        early: comments to its client.
+    """
+
     charged: int = 0
+    inside: bool = False
+    early: Early | None = None
 
 
 class Intake:
@@ -57,9 +64,8 @@ class Intake:
         self._config = config
         self._dispatcher = dispatcher
 
-    @asynccontextmanager
-    async def admit(self, request: web.Request) -> AsyncIterator[Call]:
-        """Take a generation request in; what it holds is given back at the end.
+    async def admit(self, request: web.Request, admission: Admission) -> Call:
+        """Take a generation request in; what it took must be released at the end.
 
         Raises:
             Rejected: it cannot be served, or breaks a limit.
@@ -74,84 +80,91 @@ class Intake:
             raise _unpaired(f"{request.path} cannot be served")
         # Whatever it is, it would be refused: say so before the client sends all of it.
         self._dispatcher.refuse_if_full()
-        async with self.body(request) as body, self.gate.inside():
-            call = await self.reader.call(request.path, body)
-            if call is None:
-                raise Rejected(
-                    "the body is not a JSON object", status=400, kind="invalid_request_error"
-                )
-            call = await self._placed(call)
-            early = Early(request, self._config.sse_keepalive)
-            if call.streams and not kind.streams:
-                early.start()
-            try:
-                yield call
-            finally:
-                early.stop()
+        body = await self._body(request, self._config.max_payload_bytes, admission)
+        await self.gate.enter()
+        admission.inside = True
+        call = await self.reader.call(request.path, body)
+        if call is None:
+            raise Rejected(
+                "the body is not a JSON object", status=400, kind="invalid_request_error"
+            )
+        call = await self._placed(call)
+        if call.streams and not kind.streams and self._config.sse_keepalive:
+            admission.early = Early(request, self._config.sse_keepalive)
+            admission.early.start()
+        return call
 
-    @asynccontextmanager
-    async def body(
-        self, request: web.Request, limit: int | None = None
-    ) -> AsyncIterator[tuple[bytes, ...]]:
-        """Read a body, in pieces, and count it as kept until the end.
+    def release(self, admission: Admission) -> None:
+        """Take back what a request took."""
+        if admission.early is not None:
+            admission.early.stop()
+        if admission.inside:
+            self.gate.leave()
+        self.buffered -= admission.charged
+
+    async def _body(
+        self, request: web.Request, limit: int, admission: Admission
+    ) -> tuple[bytes, ...]:
+        """Read a body, in pieces, which is counted as kept from now on.
 
         Args:
-            limit: bytes; the configured one if None.
+            limit: bytes.
 
         Raises:
             Rejected: it is too large, too slow, or one too many.
         """
-        kept = _Kept()
         try:
+            if request.content.is_eof():
+                # It has come with the head, as most do: nothing is waited for.
+                return await self._pieces(request, limit, admission)
             async with asyncio.timeout(self._config.body_timeout):
-                await self._fill(kept, request, limit or self._config.max_payload_bytes)
+                return await self._pieces(request, limit, admission)
         except TimeoutError:
-            self.buffered -= kept.charged
             raise _too_slow(self._config.body_timeout) from None
         except (HttpProcessingError, web.RequestPayloadError) as error:
-            self.buffered -= kept.charged
             raise Rejected(
                 f"the body cannot be read: {error}", status=400, kind="invalid_request_error",
                 close=True,
             ) from None  # fmt: skip
-        except BaseException:
-            self.buffered -= kept.charged
-            raise
-        try:
-            yield tuple(kept.pieces)
-        finally:
-            self.buffered -= kept.charged
 
-    async def _fill(self, kept: _Kept, request: web.Request, limit: int) -> None:
-        declared = request.content_length or 0
+    async def _pieces(
+        self, request: web.Request, limit: int, admission: Admission
+    ) -> tuple[bytes, ...]:
+        content, declared = request.content, request.content_length or 0
+        pieces: list[bytes] = []
         size, tail = 0, bytearray()
         while True:
             if max(size, declared) > limit:
                 raise _too_large(limit)
-            due = max(0, max(size, declared) - kept.charged)
+            due = max(0, max(size, declared) - admission.charged)
             if self.buffered + due > self._config.max_buffered_bytes:
                 raise _too_many(self.buffered)
-            kept.charged += due
+            admission.charged += due
             self.buffered += due
-            chunk = await request.content.readany()
-            if not chunk:
+            if content.at_eof() or not (chunk := await content.readany()):
                 break
             size += len(chunk)
             tail += chunk
             if len(tail) >= PIECE:
-                kept.pieces.append(bytes(tail))
+                pieces.append(bytes(tail))
                 tail.clear()
-        if tail or not kept.pieces:
-            kept.pieces.append(bytes(tail))
+        if tail or not pieces:
+            pieces.append(bytes(tail))
+        return tuple(pieces)
 
     async def read(self, request: web.Request, limit: int | None = None) -> bytes:
         """Read a small body whole.
 
         Raises:
-            Rejected: as :meth:`body`.
+            Rejected: it is too large, too slow, or one too many.
         """
-        async with self.body(request, limit) as pieces:
-            return b"".join(pieces)
+        admission = Admission()
+        try:
+            return b"".join(
+                await self._body(request, limit or self._config.max_payload_bytes, admission)
+            )
+        finally:
+            self.release(admission)
 
     async def _placed(self, call: Call) -> Call:
         """Find out which instances cannot serve it.
@@ -165,7 +178,7 @@ class Intake:
             raise _unpaired("a response that is stored, or goes on from one, cannot be served")
         if not call.previous:
             return call
-        return replace(call, avoid=await self.affinity.others(call.previous))
+        return msgspec.structs.replace(call, avoid=await self.affinity.others(call.previous))
 
 
 def _unpaired(what: str) -> Rejected:

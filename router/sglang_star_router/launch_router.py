@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -16,9 +17,11 @@ from aiohttp import web
 
 from sglang_star.errors import SetupError, StarError
 from sglang_star_router.app import Router
-from sglang_star_router.config import RouterConfig, configure_logging, parse_args
+from sglang_star_router.command_line import parse_args
+from sglang_star_router.config import RouterConfig
 from sglang_star_router.descriptors import raise_soft_limit
 from sglang_star_router.listener import Listener
+from sglang_star_router.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,9 @@ async def serve(router: Router, *, ready: asyncio.Event | None = None) -> None:
         # Before it says that it listens: whoever reads that may end it at once.
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, told)
+        # What exists now stays: the collector need not go through it time and again.
+        gc.collect()
+        gc.freeze()
         logger.info("listening on %s", listener.url)
         if ready is not None:
             ready.set()

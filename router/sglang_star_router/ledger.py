@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sglang_star.protocol import MoveReport
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
 from sglang_star_router.policy.snapshot import MoveOrder
 
 HISTORY = 2000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,10 +12,10 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from sglang_star_router import tls
+from sglang_star_router.acceptor import Acceptor
 from sglang_star_router.app import Router
 from sglang_star_router.descriptors import Descriptors
 
-BACKLOG: Final = 4096
 IDLE_S: Final = 75.0
 """A connection without a request is closed after this."""
 LINGER_S: Final = 2.0
@@ -26,7 +27,9 @@ LAST_S: Final = 1.0
 class _Handler(RequestHandler):
     """Closes its connection when a head has begun, or the first was due, and does not end."""
 
-    __slots__ = ("_descriptors", "_head_s", "_late", "_malformed", "_timer")
+    __slots__ = (
+        "_clients", "_descriptors", "_head_s", "_late", "_malformed", "_timer", "heard_at",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -35,9 +38,12 @@ class _Handler(RequestHandler):
         late: Callable[[], None],
         malformed: Callable[[], None],
         descriptors: Descriptors,
+        clients: set[_Handler],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.heard_at = 0.0
+        self._clients = clients
         self._descriptors = descriptors
         self._head_s = head_s
         self._late = late
@@ -47,12 +53,13 @@ class _Handler(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first head."""
         super().connection_made(transport)
-        self._descriptors.clients += 1
+        self._clients.add(self)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
         """Tell heads that are whole from those that are not."""
         seen = self._request_count
+        self.heard_at = time.monotonic()
         super().data_received(data)
         if self._request_count > seen or self._request_in_progress:
             self._head_is_here()
@@ -63,6 +70,7 @@ class _Handler(RequestHandler):
         """Wait for nothing more."""
         self._head_is_here()
         self._descriptors.clients -= 1
+        self._clients.discard(self)
         super().connection_lost(exc)
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
@@ -71,6 +79,12 @@ class _Handler(RequestHandler):
             self._malformed()
         else:
             super().log_exception(*args, **kw)
+
+    @property
+    def idle(self) -> bool:
+        """It has had its answers, and no other request has begun."""
+        busy = self._request_in_progress or self._messages or self._timer is not None
+        return not busy and self._request_count > 0
 
     def _await_head(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._head_s, self._too_late)
@@ -100,7 +114,8 @@ class Listener:
         self.tls = tls.server_context(router.config)
         self._router = router
         self._host = host
-        self._server: asyncio.Server | None = None
+        self._clients: set[_Handler] = set()
+        self._acceptor: Acceptor | None = None
         self._runner = web.AppRunner(
             router.application(),
             # A client that hangs up cancels its handler, which closes the instance's connection.
@@ -126,17 +141,23 @@ class Listener:
         server, loop = self._runner.server, asyncio.get_running_loop()
         assert server is not None
         config, metrics = self._router.config, self._router.metrics
-        self._server = await loop.create_server(
+        descriptors = self._router.proxy.descriptors
+        self._acceptor = Acceptor(
             lambda: _Handler(
                 server, loop=loop, access_log=None, keepalive_timeout=IDLE_S,
                 lingering_time=LINGER_S, head_s=config.head_timeout,
                 late=metrics.slow_heads.inc, malformed=metrics.malformed.inc,
-                descriptors=self._router.proxy.descriptors,
+                descriptors=descriptors, clients=self._clients,
             ),
-            self._host, self.port, ssl=self.tls, backlog=BACKLOG, reuse_address=True,
-            ssl_handshake_timeout=config.head_timeout if self.tls else None,
+            descriptors, self._close_idle, tls=self.tls, handshake_s=config.head_timeout,
         )  # fmt: skip
-        self.port = self._server.sockets[0].getsockname()[1]
+        self.port = await self._acceptor.listen(self._host, self.port)
+
+    def _close_idle(self) -> None:
+        """Close the client that has been idle for longest: another one waits for its place."""
+        idle = [one for one in self._clients if one.idle]
+        if idle:
+            min(idle, key=lambda one: one.heard_at).force_close()
 
     async def close(self, grace_s: float = 0.0, at_once: asyncio.Event | None = None) -> None:
         """Let what is open end, then end what is left.
@@ -149,9 +170,9 @@ class Listener:
         ended = asyncio.create_task(closing.wait())
         hurried = asyncio.create_task(at_once.wait()) if at_once is not None else None
         waits = [task for task in (ended, hurried) if task is not None]
-        if self._server is not None:
+        if self._acceptor is not None:
             await asyncio.wait(waits, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-            self._server.close()
+            self._acceptor.close()
         for task in waits:
             task.cancel()
         closing.cut = True

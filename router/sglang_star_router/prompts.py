@@ -6,7 +6,6 @@ depends on how many parts a prompt has and hardly on how large they are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -34,15 +33,17 @@ class _Part(msgspec.Struct):
     video_data: msgspec.Raw = ABSENT
 
 
-NESTED: Final = ("content", "output")
-MEDIA: Final = tuple(name for name in _Part.__struct_fields__ if name not in NESTED)
+NESTED: Final = 2
+"""So many fields of a part, the first ones, may hold more parts; all others hold media."""
+_NO_MEDIA: Final = (ABSENT,) * (len(_Part.__struct_fields__) - NESTED)
+_LIST: Final = ord("[")
+_OPENING: Final = (_LIST, ord("{"))
 
 _part = msgspec.json.Decoder(_Part)
 _items = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """What a prompt amounts to.
 
     Attributes:
@@ -56,40 +57,48 @@ class Prompt:
     batch: int = 1
 
 
-def parts(raw: msgspec.Raw, depth: int = 0) -> Prompt:
+def parts(raw: msgspec.Raw) -> Prompt:
     """Measure messages, items, instances or anything made of them.
 
     Raises:
         msgspec.MsgspecError: not JSON.
     """
-    data = bytes(raw)
-    if depth > _DEEPEST or data[:1] not in (b"[", b"{"):
-        return Prompt(text=len(data))
-    text = len(data)
-    media = 0
-    if data[:1] == b"[":
-        for item in _items.decode(raw):
-            inner = parts(item, depth + 1)
-            text += inner.text - len(bytes(item))
-            media += inner.media
-        return Prompt(text=text, media=media)
-    part = _part.decode(raw)
-    for name in NESTED:
-        inside: msgspec.Raw = getattr(part, name)
-        if inside != ABSENT:
-            inner = parts(inside, depth + 1)
-            text += inner.text - len(bytes(inside))
-            media += inner.media
-    for name in MEDIA:
-        found = number_of_media(getattr(part, name))
-        if found:
-            text -= len(bytes(getattr(part, name)))
-            media += found
+    text, media = _measured(raw, 0)
     return Prompt(text=text, media=media)
+
+
+def _measured(raw: msgspec.Raw, depth: int) -> tuple[int, int]:
+    """Bytes of text or structure, and the number of media, in one value and all within it."""
+    data = memoryview(raw)
+    text, media = len(data), 0
+    first = data[0] if data else 0
+    if depth > _DEEPEST or first not in _OPENING:
+        return text, media
+    if first == _LIST:
+        for item in _items.decode(raw):
+            inner, found = _measured(item, depth + 1)
+            text += inner - len(memoryview(item))
+            media += found
+        return text, media
+    values = msgspec.structs.astuple(_part.decode(raw))
+    for inside in values[:NESTED]:
+        if inside is not ABSENT:
+            inner, found = _measured(inside, depth + 1)
+            text += inner - len(memoryview(inside))
+            media += found
+    # Most parts hold none, which one comparison tells.
+    if values[NESTED:] != _NO_MEDIA:
+        for inside in values[NESTED:]:
+            if found := number_of_media(inside):
+                text -= len(memoryview(inside))
+                media += found
+    return text, media
 
 
 def number_of_media(raw: msgspec.Raw) -> int:
     """How many images, sounds or films a field holds: one, or a list of them."""
+    if raw is ABSENT:
+        return 0
     data = bytes(raw)
     if data in (b"", b"null", b"[]"):
         return 0

@@ -17,15 +17,16 @@ from sglang_star_router.attempts import Attempts
 from sglang_star_router.config import RouterConfig
 from sglang_star_router.descriptors import Descriptors
 from sglang_star_router.dispatch import Dispatcher
-from sglang_star_router.fleet import Instance
+from sglang_star_router.exchange import Exchange
 from sglang_star_router.forwarding import request_block
 from sglang_star_router.health import Health
-from sglang_star_router.intake import Intake
+from sglang_star_router.instance import Instance
+from sglang_star_router.intake import Admission, Intake
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.relay import relay
 from sglang_star_router.replies import Rejected, rejection
 from sglang_star_router.retry import RetryBudget
-from sglang_star_router.upstream import Exchange, Pool
+from sglang_star_router.upstream import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Proxy:
         self._pool = pool
         self._dispatcher = dispatcher
         self._metrics = metrics
+        metrics.active.set_function(lambda: self.budget.active)
         self._intake = intake
         self._attempts = Attempts(
             config.faults, pool, dispatcher, health, metrics, self.budget, self.descriptors,
@@ -64,7 +66,6 @@ class Proxy:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Handle one generation request, start to end."""
         status = 500
-        self._metrics.active.inc()
         self.budget.arrived()
         try:
             response = await self._generate(request)
@@ -77,7 +78,6 @@ class Proxy:
             raise
         finally:
             self.budget.ended()
-            self._metrics.active.dec()
             self._metrics.count(request.path, status)
         return response
 
@@ -87,15 +87,17 @@ class Proxy:
         wanted = 2 if self._config.disaggregated else 1
         if not await self.descriptors.take(wanted):
             return self._no_descriptors()
+        admission = Admission()
         try:
-            async with self._intake.admit(request) as call:
-                return await self._attempts.answer(request, call, arrived, deadline)
+            call = await self._intake.admit(request, admission)
+            return await self._attempts.answer(request, call, arrived, deadline)
         except Rejected as error:
             return rejection(error)
         except TimeoutError:
             limit = f"no answer within {self._config.request_timeout:g} s"
             return rejection(Rejected(limit, status=504, kind="timeout_error"))
         finally:
+            self._intake.release(admission)
             self.descriptors.give_back(wanted)
 
     def _no_descriptors(self) -> web.Response:

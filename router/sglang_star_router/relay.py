@@ -13,9 +13,9 @@ from aiohttp.abc import AbstractStreamWriter
 
 from sglang_star_router import early
 from sglang_star_router.closing import CUT
+from sglang_star_router.exchange import Exchange, UpstreamLost
 from sglang_star_router.framing import ResponseHead
 from sglang_star_router.replies import openai_error, sse_error
-from sglang_star_router.upstream import Exchange, UpstreamLost
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ async def relay(
         client.finish()
         if not response.stays:
             await request.writer.drain()
-    except (UpstreamLost, TimeoutError) as error:
+    except UpstreamLost as error:
         _end_badly(client, transport, exchange, head, response, str(error))
     except asyncio.CancelledError:
         if request.app[CUT]:
@@ -161,24 +161,57 @@ async def _as_event(begun: early.Early, exchange: Exchange, head: ResponseHead) 
     return response
 
 
+class _Patience:
+    """Ends a response whose instance is silent for too long, or does not finish in time.
+
+    One timer at a time, and none moved for a token: it looks again when the silence that began
+    with the last token it knows of would be too long.
+    """
+
+    __slots__ = ("_client", "_deadline", "_exchange", "_loop", "_silence_s", "_timer")
+
+    def __init__(
+        self, client: _Client, exchange: Exchange, deadline: float, silence_s: float
+    ) -> None:
+        self._client = client
+        self._exchange = exchange
+        self._deadline = deadline
+        self._silence_s = silence_s
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Look whether it is too late, and again when it could be."""
+        left = self._exchange.heard_at + self._silence_s - time.monotonic()
+        if left <= 0 and self._client.behind:
+            left = self._silence_s
+        if left <= 0:
+            self._exchange.fail(f"nothing came for {self._silence_s:g} s")
+        elif self._loop.time() >= self._deadline:
+            self._exchange.fail("not finished within the time limit")
+        else:
+            due = min(left, self._deadline - self._loop.time())
+            self._timer = self._loop.call_later(due, self.start)
+
+    def end(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 async def _finished(client: _Client, exchange: Exchange, deadline: float, silence_s: float) -> None:
     """Wait until the whole response has been handed on.
 
     Raises:
-        UpstreamLost: the instance broke off.
-        TimeoutError: it takes too long.
+        UpstreamLost: the instance broke off, or took too long.
     """
-    loop = asyncio.get_running_loop()
-    while not exchange.finished.done():
-        left = exchange.heard_at + silence_s - time.monotonic()
-        if left <= 0 and client.behind:
-            left = silence_s
-        elif left <= 0:
-            raise TimeoutError(f"nothing came for {silence_s:g} s")
-        if loop.time() >= deadline:
-            raise TimeoutError("not finished within the time limit")
-        await asyncio.wait((exchange.finished,), timeout=min(left, deadline - loop.time()))
-    await exchange.finished
+    patience = _Patience(client, exchange, deadline, silence_s)
+    patience.start()
+    try:
+        await exchange.finished
+    finally:
+        patience.end()
 
 
 def _head_bytes(head: ResponseHead, old_client: bool, stays: bool, extra: bytes) -> bytes:

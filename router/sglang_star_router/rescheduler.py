@@ -10,7 +10,8 @@ from typing import Any
 
 from sglang_star.errors import OrderRefused, PeerError, StarError, UnknownRequest
 from sglang_star_router.engine import EngineClient
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
 from sglang_star_router.ledger import Ledger, MoveRecord
 from sglang_star_router.metrics import Metrics
 from sglang_star_router.policy.base import ReschedulePolicy

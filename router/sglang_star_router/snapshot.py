@@ -14,8 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from sglang_star_router.breaker import Circuit
-from sglang_star_router.exchange import groups
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
+from sglang_star_router.obstacles import groups
 from sglang_star_router.policy.snapshot import FleetSnapshot, Instances, Placed, Requests
 
 MIN_AGE_S = 0.005
@@ -55,7 +56,7 @@ class Snapshots:
 
     def decide_moves(self) -> FleetSnapshot:
         """Snapshot for the rescheduler: what has no fresh status neither takes nor gives."""
-        return self._with_placed(self._build(time.monotonic(), fresh_only=True))
+        return replace(self._build(time.monotonic(), fresh_only=True), placed=self._placed())
 
     def for_arrival(self, excluded: Collection[str] = (), held: int = 0) -> FleetSnapshot:
         """Snapshot for dispatch.
@@ -73,7 +74,10 @@ class Snapshots:
         shut = [not m.breaker.admits for m in self._members]
         if excluded or any(shut):
             base = self._without(base, excluded, shut)
-        return replace(self._with_placed(base), now_s=now, held=held)
+        return FleetSnapshot(
+            now, base.instances, base.requests, base.prior_output, self._placed(), held,
+            base.derived,
+        )  # fmt: skip
 
     def _without(
         self, base: FleetSnapshot, excluded: Collection[str], shut: list[bool]
@@ -167,11 +171,11 @@ class Snapshots:
             since_move_s=now - np.concatenate([t.settled_s for t in tables]),
         )
 
-    def _with_placed(self, base: FleetSnapshot) -> FleetSnapshot:
+    def _placed(self) -> Placed:
         rows: list[int] = []
         tokens: list[int] = []
         for row, member in enumerate(self._members):
-            for sent in member.unseen():
-                rows.append(row)
-                tokens.append(sent.prompt_tokens)
-        return replace(base, placed=Placed(np.array(rows, np.int64), np.array(tokens, np.int64)))
+            unseen = [sent.prompt_tokens for sent in member.unseen()]
+            rows += [row] * len(unseen)
+            tokens += unseen
+        return Placed(np.array(rows, np.int64), np.array(tokens, np.int64))

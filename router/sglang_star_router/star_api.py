@@ -11,7 +11,8 @@ from aiohttp import web
 from sglang_star.errors import ConfigError, OrderRefused, PeerError, StarError, UnknownRequest
 from sglang_star_router.dispatch import Dispatcher
 from sglang_star_router.engine import EngineClient
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
 from sglang_star_router.intake import CONTROL_BYTES, Intake
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.policy.snapshot import MoveOrder

@@ -13,7 +13,8 @@ import zmq.asyncio
 from sglang_star.errors import PeerError, ProtocolError
 from sglang_star.fleet_key import Access
 from sglang_star.protocol import InstanceStatus, decode
-from sglang_star_router.fleet import Fleet, Instance, Verdict
+from sglang_star_router.fleet import Fleet, Verdict
+from sglang_star_router.instance import Instance
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from msgspec.structs import asdict
 from prometheus_client.core import Metric
 
 from sglang_star_router.dispatch import Dispatcher
-from sglang_star_router.fleet import Fleet, Instance
+from sglang_star_router.fleet import Fleet
+from sglang_star_router.instance import Instance
 from sglang_star_router.ledger import Ledger
 from sglang_star_router.metrics import counter, gauge
 from sglang_star_router.rescheduler import Rescheduler

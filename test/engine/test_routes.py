@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_star_router.app import ANY_INSTANCE, READINESS
 from sglang_star_router.door import FLEET_PATHS
+from sglang_star_router.engine_api import ANY_INSTANCE
 from sglang_star_router.paths import PATHS
+from sglang_star_router.probes import READINESS
 
 pytestmark = pytest.mark.engine
 

@@ -25,8 +25,9 @@ from sglang_star.protocol import (
     encode,
 )
 from sglang_star_router.app import Router
-from sglang_star_router.config import Endpoint, Member, RouterConfig
+from sglang_star_router.config import RouterConfig
 from sglang_star_router.listener import Listener
+from sglang_star_router.members import Endpoint, Member
 
 GENERATION = (
     "/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",

@@ -6,7 +6,7 @@ import pytest
 
 from sglang_star.errors import ConfigError
 from sglang_star_router.breaker import Breaker, Circuit
-from sglang_star_router.config import parse_args
+from sglang_star_router.command_line import parse_args
 from sglang_star_router.faults import FaultLimits
 from sglang_star_router.first_event import error_in
 from sglang_star_router.line import PREFILL_FLOOR_TOKENS_S, Line

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from router.fleet import WAIT_S, FakeEngine, eventually, fleet, free_port
 from router.test_proxy import STREAM, run
-from sglang_star_router.config import ControlKey
+from sglang_star_router.control_key import ControlKey
 
 CLIENT = {"Authorization": "Bearer client"}
 ADMIN = {"Authorization": "Bearer admin"}

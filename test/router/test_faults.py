@@ -453,7 +453,7 @@ def test_retry_after_tells_how_the_queue_moves():
                 held.append(asyncio.create_task(running.post("/generate", {"text": "a"})))
                 await eventually(lambda n=number: dispatcher.holding == n + 1)
             # Nobody has left the queue for a while: so long it takes at least.
-            for one in dispatcher._queue:
+            for one in dispatcher.queue:
                 object.__setattr__(one.arrival, "arrived_s", one.arrival.arrived_s - 30.0)
             async with running.session.post(running.url + "/generate", json={}) as response:
                 assert response.status == 429

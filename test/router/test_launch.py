@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from router.fleet import WAIT_S, FakeEngine, fleet, free_port, request_status
 from router.test_proxy import run
 from sglang_star.errors import ConfigError
-from sglang_star_router.config import parse_args
+from sglang_star_router.command_line import parse_args
 from sglang_star_router.launch_router import main
 
 URL = "http://127.0.0.1:1"

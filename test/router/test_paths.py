@@ -342,9 +342,9 @@ def test_one_image_makes_no_instance_look_full_nor_spoils_bytes_per_token():
             await eventually(lambda: engine.requests)
             (sent,) = running.instance(engine).dispatches
             assert sent.prompt_tokens < 3000, "of a KV pool of 10,000"
-            before = running.router.fleet.tokens_of(100_000)
+            before = running.router.fleet.prompts.tokens_of(100_000)
             await running.publish(engine, request_status("r", prompt=1500))
-            assert running.router.fleet.tokens_of(100_000) == before
+            assert running.router.fleet.prompts.tokens_of(100_000) == before
             asked.cancel()
 
     run(check())

@@ -13,7 +13,7 @@ import subprocess
 import pytest
 
 from sglang_star.errors import ConfigError
-from sglang_star_router.config import build_parser, parse_args
+from sglang_star_router.command_line import build_parser, parse_args
 from sglang_star_router.peer_flags import REFUSED
 
 PEER_FLAGS = frozenset(

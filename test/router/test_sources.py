@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import orjson
 import pytest
 import zmq
 
@@ -17,7 +19,7 @@ from router.fleet import FakeEngine, eventually, fleet, free_port, request_statu
 from router.test_faults import limits, metric
 from router.test_proxy import STREAM, run
 from router.test_rescheduler import Scripted, always, history, order
-from sglang_star_router.config import Endpoint
+from sglang_star_router.members import Endpoint
 
 
 @pytest.mark.parametrize("how", ["stale", "unhealthy"])
@@ -253,6 +255,62 @@ def test_running_out_of_descriptors_costs_no_engine_its_health():
                 assert not re.findall(r'attempts_total\{.*outcome="(?!ok").*', text)
         for engine in engines:
             await engine.stop()
+
+    run(check())
+
+
+@pytest.mark.parametrize("clients", [120, 600])
+def test_nobody_is_hung_up_on_for_want_of_descriptors(clients):
+    """Many more connections at once than descriptors: each gets an answer, be it a refusal."""
+    import aiohttp
+
+    async def check():
+        engine = await FakeEngine().start()
+        with router_process([engine], limit="-n 160") as (_, url):
+            async with aiohttp.ClientSession() as session:
+                await until_up(session, url)
+            host, _, port = url.removeprefix("http://").partition(":")
+            body = orjson.dumps(STREAM)
+            request = (
+                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+            ) + body
+            # All are connected before the first of them asks.
+            streams = await asyncio.gather(
+                *(asyncio.open_connection(host, int(port)) for _ in range(clients))
+            )
+            for _, writer in streams:
+                writer.write(request)
+            answers = await asyncio.gather(*(reader.read() for reader, _ in streams))
+            for _, writer in streams:
+                writer.close()
+            statuses = Counter(answer[9:12] for answer in answers)
+            assert set(statuses) <= {b"200", b"503"}, statuses
+            assert statuses[b"200"] > 20
+            assert all(b"Retry-After" in one for one in answers if one[9:12] == b"503")
+        await engine.stop()
+
+    run(check())
+
+
+def test_idle_clients_do_not_keep_others_out():
+    import aiohttp
+
+    async def check():
+        engine = await FakeEngine().start()
+        with router_process([engine], limit="-n 160") as (_, url):
+            async with aiohttp.ClientSession() as session:
+                await until_up(session, url)
+            host, _, port = url.removeprefix("http://").partition(":")
+            idle = []
+            for _ in range(300):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(b"GET /liveness HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+                idle.append(writer)
+            for writer in idle:
+                writer.close()
+        await engine.stop()
 
     run(check())
 

@@ -587,7 +587,7 @@ def test_there_are_problems_for_every_request() -> None:
 
 def test_the_router_takes_the_demos_flags() -> None:
     from sglang_star.cluster_layout import engines, router_command
-    from sglang_star_router.config import parse_args
+    from sglang_star_router.command_line import parse_args
     from sglang_star_router.policy.registry import make_rescheduler
 
     spec = comparison.spec("off")

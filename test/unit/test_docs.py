@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_star import __version__, config
 from sglang_star_router.app import Router
-from sglang_star_router.config import build_parser, parse_args
+from sglang_star_router.command_line import build_parser, parse_args
 from sglang_star_router.policy.params import ReactiveParams, StarParams, StarPointParams
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import pytest
 from sglang_star.errors import ConfigError
 from sglang_star.platform.profile import find
 from sglang_star_bench import figures, serving
-from sglang_star_router.config import parse_args
+from sglang_star_router.command_line import parse_args
 
 PROFILE = replace(find("24gb-7b*2"), kv_capacity=6000)
 
