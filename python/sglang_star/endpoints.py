@@ -239,7 +239,7 @@ class Endpoints:
             ):
                 answer.raise_for_status()
                 info = msgspec.json.decode(await answer.read())
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, ValueError) as error:
             raise PeerError(
                 f"target {url} does not answer: {error}",
                 hint="is it running? If it asks for a key, name it by peer as well, "
@@ -330,7 +330,7 @@ async def _body(request: Request, kind: type[Any]) -> Any:
     data = await request.body()
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedMessage(
             f"request body: {error}",
             hint=f"send JSON with {', '.join(kind.__struct_fields__)}",

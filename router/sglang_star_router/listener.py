@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
@@ -20,6 +20,10 @@ IDLE_S: Final = 75.0
 """A connection without a request is closed after this."""
 LINGER_S: Final = 2.0
 """The rest of a body that was refused is read for so long, so that the client sees the refusal."""
+FAULTS_OF_CLIENTS: Final = (
+    HttpProcessingError, web.RequestPayloadError, ClientConnectionResetError,
+)  # fmt: skip
+"""What is no HTTP, or leaves while it is told to go on (``Expect: 100-continue``)."""
 LAST_S: Final = 1.0
 """What is cut short at the end gets so long to say so."""
 
@@ -73,11 +77,21 @@ class _Handler(RequestHandler):
         self._clients.discard(self)
         super().connection_lost(exc)
 
-    def log_exception(self, *args: Any, **kw: Any) -> None:
-        """Count what is the client's fault: a stack in the log for each could fill a disk."""
-        if isinstance(kw.get("exc_info"), HttpProcessingError | web.RequestPayloadError):
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Count what is the client's fault."""
+        if isinstance(exc, HttpProcessingError):
             self._malformed()
-        else:
+        return super().handle_error(request, status, exc, message)
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Leave out what is the client's fault: a stack in the log for each could fill a disk."""
+        if not isinstance(kw.get("exc_info"), FAULTS_OF_CLIENTS):
             super().log_exception(*args, **kw)
 
     @property

@@ -21,9 +21,6 @@ import zmq.asyncio
 from fastapi import FastAPI
 
 from fuzz.found import Found
-from simulation import garble
-from simulation.garbled import Garbled
-from simulation.plan import Allowed, draw
 from sglang_star.endpoints import Endpoints, OrderClient
 from sglang_star.errors import PeerError
 from sglang_star.faults import Faults
@@ -45,6 +42,9 @@ from sglang_star.protocol import (
     decode,
     encode,
 )
+from simulation import garble
+from simulation.garbled import Garbled
+from simulation.plan import Allowed, draw
 from unit.test_protocol import MESSAGES
 
 PEER = Peer(instance_id="b", incarnation=1, address="tcp://127.0.0.1:1")

@@ -27,7 +27,9 @@ class Found:
         at = traceback.extract_tb(error.__traceback__)[-1:]
         place = f"{os.path.basename(at[0].filename)}:{at[0].name}" if at else ""
         stack = "".join(traceback.format_exception(error))
-        self.note(f"{where}: {type(error).__name__} at {place}", f"{example!r:.600}\n{stack[-1400:]}")
+        self.note(
+            f"{where}: {type(error).__name__} at {place}", f"{example!r:.600}\n{stack[-1400:]}"
+        )
 
 
 class Errors(logging.Handler):

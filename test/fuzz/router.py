@@ -1,4 +1,4 @@
-"""The router: every HTTP handler, by raw bytes over real sockets, and the statuses it listens to."""
+"""The router: every HTTP handler, by raw bytes over real sockets, and the statuses it hears."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from aiohttp import web
 from fuzz.found import Errors, Found, resident_mb
 from router.fleet import FakeEngine, Fleet, eventually, fleet, request_status
 from router.test_proxy import STREAM, raw_exchange, raw_request
-from simulation import garble
 from sglang_star.protocol import MoveReport
 from sglang_star_router.app import ANY_INSTANCE, READINESS
 from sglang_star_router.door import FLEET_PATHS
 from sglang_star_router.paths import PATHS
+from simulation import garble
 
 AT_ONCE = 256
 HONEST = 200
@@ -27,7 +27,7 @@ HONEST = 200
 BODIES: tuple[dict[str, Any], ...] = (
     STREAM,
     {"text": ["a", "b"], "sampling_params": {"n": 2}, "stream": False, "rid": "r"},
-    {"input_ids": [[1, 2, 3], [4]], "sampling_params": [{"max_new_tokens": 3}], "return_logprob": True},
+    {"input_ids": [[1], [4]], "sampling_params": [{"max_new_tokens": 3}], "return_logprob": True},
     {"model": "m", "prompt": "x", "max_tokens": 4, "stream": True, "n": 1},
     {"model": "m", "messages": [{"role": "user", "content": [
         {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:,"}}]}],
@@ -46,6 +46,8 @@ HEADERS = (
     b"Origin: http://x.invalid", b"X-Long: " + b"y" * 9000, b"Accept-Encoding: \x80",
     b"X-Request-Id: \t", b"Host: \xc3\x28", b"Cookie: a=b; c",
 )  # fmt: skip
+
+QUERIES = ("?", "?limit=x", "?requests=0", "?limit=-1", "/..", "%00", "//", "?%zz")
 
 
 class Engine(FakeEngine):
@@ -74,7 +76,8 @@ class Engine(FakeEngine):
 def paths() -> list[tuple[str, str]]:
     """Every (method, path) that the router serves."""
     own = ["/star/cluster", "/star/migrations", "/metrics", "/dashboard", "/server_info",
-           "/get_server_info", "/v1/realtime", "/v1/responses/resp_1", "/liveness", "/ping"]  # fmt: skip
+           "/get_server_info", "/v1/realtime", "/v1/responses/resp_1",
+           "/liveness", "/ping"]  # fmt: skip
     posts = ["/star/migrate", "/star/drain", "/star/undrain", "/v1/responses/resp_1/cancel"]
     anywhere = [path.replace("{rest:.*}", "models") for path in ANY_INSTANCE]
     found = [(method, path) for path, kind in PATHS.items() for method in kind.methods]
@@ -98,7 +101,9 @@ def changed_request(dice: random.Random, names: list[str]) -> bytes:
     if dice.random() < 0.15 and body:
         body = garble._bent(body, dice)
     if dice.random() < 0.1:
-        path += dice.choice(("?", "?limit=x", "?requests=0", "?limit=-1", "/..", "%00", "//", "?%zz"))
+        path += dice.choice(
+            ("?", "?limit=x", "?requests=0", "?limit=-1", "/..", "%00", "//", "?%zz")
+        )
     lines = [f"{method} {path} HTTP/1.1".encode(), b"Host: x", b"Content-Length: %d" % len(body)]
     if dice.random() < 0.7:
         lines += [b"Connection: close"]
@@ -109,7 +114,7 @@ def changed_request(dice: random.Random, names: list[str]) -> bytes:
 
 
 async def patiently(url: str, request: bytes) -> bytes:
-    """An exchange, again if the head came too late on a machine that is busy with all the others."""
+    """An exchange, again if its head came too late for all the others."""
     for _ in range(5):
         with contextlib.suppress(OSError):
             return await raw_exchange(url, request)
@@ -174,8 +179,10 @@ async def statuses(running: Fleet, count: int, dice: random.Random, found: Found
     feed = running.router.feed
     before = feed.received
     for number in range(count):
-        message = engine.status(requests, moves=(move,), faults={"a": 1}, dropped={"no key": 2},
-                                transports={"shm": "ready"}, move_outcomes={"moved": 1})  # fmt: skip
+        message = engine.status(
+            requests, moves=(move,), faults={"a": 1}, dropped={"no key": 2},
+            transports={"shm": "ready"}, move_outcomes={"moved": 1},
+        )  # fmt: skip
         data = garble.changed(message, dice)
         found.sent += 1
         await engine.publish(data)
@@ -213,7 +220,7 @@ async def run(share: float, seed: int, found: Found) -> None:
                 *engines, rescheduler="star", policy="star", head_timeout=1.0, body_timeout=1.0,
                 health_failure_threshold=1000,
             ) as running:  # fmt: skip
-                warm = max(200, int(2000 * share))
+                warm = max(50, int(2000 * share))
                 await http(running, warm, dice, found)
                 gc.collect()
                 began = resident_mb()

@@ -480,7 +480,7 @@ MUTATIONS = (
     Mutation(
         "restart not noticed",
         _WATCH,
-        "if known is None or known.peer.incarnation != sender.incarnation:",
+        "if known is None or known.peer != sender:",
         "if known is None:",
         "a new process under an old name is taken for the one that died",
     ),

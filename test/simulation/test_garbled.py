@@ -96,6 +96,23 @@ def test_a_stream_whose_home_was_told_of_a_host_that_has_it_not_is_taken_back() 
     assert home.mover.log.outcomes["reclaimed"] == 1
 
 
+def test_a_stream_whose_host_is_told_by_another_name_is_taken_back() -> None:
+    quiet()
+    history = there_and_on(path="b", spec=LONG)
+    history.gentle = False
+
+    def forget() -> None:
+        """Its host goes on under an epoch that home does not know."""
+        (shadow,) = history.nodes["a"].mover.home.shadows.values()
+        shadow.host = structs.replace(shadow.host, instance_id="bb")
+        shadow.migration_id += "x"
+
+    history.clock.at(1.0, forget)
+    assert not history.run(), history.trace
+    assert history.clients["r0"].seen == LONG.max_new_tokens
+    assert history.nodes["a"].mover.log.outcomes["reclaimed"] == 1
+
+
 def test_a_stream_that_comes_home_has_the_limit_that_home_knows() -> None:
     quiet()
     history = there_and_on(path="ba")

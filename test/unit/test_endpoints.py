@@ -166,3 +166,14 @@ def test_a_target_named_wrongly_is_refused(tmp_path: Path, path: str, body: dict
             assert orders == []
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("body", [b'{"rid":"\xf2"}', b"[" * 100_000, b"\x00"])
+def test_a_body_that_is_no_json_is_refused_whatever_its_bytes(tmp_path: Path, body: bytes) -> None:
+    async def check() -> None:
+        async with instance(tmp_path) as (client, orders):
+            answer = await client.post("/star/migrate", content=body)
+            assert answer.status_code == 400, answer.text
+            assert orders == []
+
+    asyncio.run(check())

@@ -106,7 +106,7 @@ def decode_request(
         message = _request_decoder.decode(travelling.message)
         ids = _from_bytes(prompt)
         output = _from_bytes(travelling.output)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MalformedMessage(f"not a tokenized request: {error}") from error
     forbidden = (
         message.time_stats,
@@ -158,7 +158,7 @@ def append_details(req: Req, data: bytes, tokens: int) -> None:
         return
     try:
         details = _details_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedMessage(f"not token details: {error}") from error
     if len(details.values) != tokens or len(details.indices) != tokens:
         raise MalformedMessage(f"details of {len(details.values)} tokens, not of {tokens}")

@@ -70,7 +70,7 @@ def difference(theirs: str, ours: str) -> str:
     try:
         known = (msgspec.json.decode(text, type=dict[str, object]) for text in (theirs, ours))
         one, other = known
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return "another model, dtype, KV layout, parallelism or release runs here"
     names = [name for name in {**other, **one} if one.get(name) != other.get(name)]
     return ", ".join(f"{name} is {one.get(name)} there, {other.get(name)} here" for name in names)

@@ -52,7 +52,8 @@ class Watch:
         latest: dict[str, Peer] = {}
         # In an order of its own: a set of names has another one in every process.
         everyone = sorted(
-            {peer for peer, _ in pairs}, key=lambda one: (one.address, one.incarnation)
+            {peer for peer, _ in pairs},
+            key=lambda one: (one.address, one.incarnation, one.instance_id),
         )
         for peer in everyone:
             latest[peer.address] = peer
@@ -78,7 +79,7 @@ class Watch:
         """A heartbeat came; False if its sender is not watched."""
         with self._lock:
             known = self._watched.get(sender.address)
-            if known is None or known.peer.incarnation != sender.incarnation:
+            if known is None or known.peer != sender:
                 return False
             self._watched[sender.address] = replace(known, heard_at=now)
             return True

@@ -72,7 +72,7 @@ class _Together(Transport):
     def open(self, setup: bytes) -> Reader:
         try:
             setups = _setups.decode(setup)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise PeerError(f"malformed setup of several ranks: {error}") from error
         if len(setups) != self._ranks.size:
             raise PeerError(f"the source has {len(setups)} ranks, this one {self._ranks.size}")
