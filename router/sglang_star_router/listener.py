@@ -97,8 +97,11 @@ class _Handler(RequestHandler):
     @property
     def idle(self) -> bool:
         """It has had its answers, and no other request has begun."""
-        busy = self._request_in_progress or self._messages or self._timer is not None
-        return not busy and self._request_count > 0
+        # aiohttp waits for the next request, and none has come nor begun to. Between taking a
+        # request and working on it nothing else tells.
+        waiter = self._waiter
+        waits = waiter is not None and not waiter.done()
+        return waits and self._timer is None and self._request_count > 0
 
     def _await_head(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._head_s, self._too_late)
