@@ -16,9 +16,10 @@ from fuzz.found import Errors, Found, resident_mb
 from router.fleet import FakeEngine, Fleet, eventually, fleet, request_status
 from router.test_proxy import STREAM, raw_exchange, raw_request
 from sglang_star.protocol import MoveReport
-from sglang_star_router.app import ANY_INSTANCE, READINESS
 from sglang_star_router.door import FLEET_PATHS
+from sglang_star_router.engine_api import ANY_INSTANCE
 from sglang_star_router.paths import PATHS
+from sglang_star_router.probes import READINESS
 from simulation import garble
 
 AT_ONCE = 256

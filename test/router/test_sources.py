@@ -285,7 +285,10 @@ def test_nobody_is_hung_up_on_for_want_of_descriptors(clients):
             for _, writer in streams:
                 writer.close()
             statuses = Counter(answer[9:12] for answer in answers)
-            assert set(statuses) <= {b"200", b"503"}, statuses
+            async with aiohttp.ClientSession() as session, session.get(url + "/metrics") as told:
+                text = await told.text()
+            counts = re.findall(r"^star_router_(?:slow_heads|local_errors).* .*$", text, re.M)
+            assert set(statuses) <= {b"200", b"503"}, (statuses, counts)
             assert statuses[b"200"] > 20
             assert all(b"Retry-After" in one for one in answers if one[9:12] == b"503")
         await engine.stop()
