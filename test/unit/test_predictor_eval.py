@@ -17,6 +17,7 @@ from sglang_star.predictor import auxiliary, collect, dataset, errorcurve, floor
 from sglang_star.predictor.baselines import AgeMean, ByAge
 from sglang_star.predictor.evaluate import main as evaluate
 from sglang_star.predictor.head import load
+from sglang_star.predictor.prompts import split_of
 from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.samples import (
     MANIFEST,
@@ -281,6 +282,9 @@ def test_every_ablation_is_judged_against_the_whole_recipe(folder: Path, tmp_pat
     assert rows[ablations.FULL]["minus_full"]["difference"] == 0
     assert rows["1/4 of the requests"]["requests"] == -(-report["fit_requests"] // 4)
     assert "projection to 16" not in rows, "wider than the state"
+    splits = [split_of(rid) for rid in load_samples(folder).rids]
+    assert report["fit_requests"] == splits.count("train")
+    assert report["validation_requests"] == splits.count("validation"), "the test split chooses"
     changed = [row for row in report["rows"] if row["minus_full"]["difference"] != 0]
     assert len(changed) >= len(rows) - 2
     ablations.plot(report, tmp_path / "plot.png")

@@ -19,7 +19,7 @@ from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
 from sglang_star.predictor.fit import fit
 from sglang_star.predictor.head import Head
 from sglang_star.predictor.recipe import Recipe
-from sglang_star.predictor.samples import RequestRecord, load_samples, write_shard
+from sglang_star.predictor.samples import RequestRecord, Samples, load_samples, write_shard
 from sglang_star.predictor.train import main as train
 from sglang_star.predictor.train import predict
 from unit import predictor_cases as cases
@@ -172,6 +172,56 @@ def test_baselines_predict_every_sample(parts: dataset.Split, name: str) -> None
 def test_no_prompt_is_in_two_splits(parts: dataset.Split) -> None:
     keys = [{rid.partition("#")[0] for rid in part.rids} for part in (parts.fit, parts.test)]
     assert not keys[0] & keys[1]
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """Requests of which every four are wordings of one instance."""
+    folder = tmp_path_factory.mktemp("worded")
+    write_shard(folder / "shard-000000.safetensors", cases.records(600, wordings=4))
+    return load_samples(folder)
+
+
+def instances(samples: Samples) -> set[str]:
+    return {rid.partition("-")[0] for rid in samples.rids}
+
+
+def test_no_instance_is_in_two_splits(worded: Samples) -> None:
+    parts = dataset.split(worded)
+    chosen = dataset.choice(parts.fit)
+    assert not instances(parts.fit) & instances(parts.test)
+    assert not instances(chosen.fit) & instances(chosen.test)
+    # What chooses is a part of what is fitted on, and all of it takes part.
+    assert instances(chosen.fit) | instances(chosen.test) == instances(parts.fit)
+    assert max(worded.instance) + 1 == len(instances(worded)) == 150
+
+
+def test_an_instance_of_a_held_out_source_teaches_in_no_other_wording(worded: Samples) -> None:
+    held_out = np.arange(len(worded.rids)) % 8 == 0  # one wording of every other instance
+    parts = dataset.split(worded, held_out)
+    assert not instances(parts.fit) & instances(parts.test)
+
+
+@pytest.mark.parametrize("aside_from", [4000, 100])
+def test_no_member_leaves_out_an_instance_that_it_trains_on(
+    worded: Samples, aside_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "ASIDE_FROM", aside_from)
+    recipe = Recipe(width=4, inner=8, dropout=0.5, repeats=2)
+    found = fitting.Inputs.of(worded, recipe)
+    for trains in (*found.trains, found.calibrates):
+        for row in range(len(trains)):
+            same = worded.instance[worded.request] == worded.instance[worded.request[row]]
+            assert (trains[same] == trains[row]).all()
+    if aside_from == 100:
+        assert 0.05 < found.calibrates.mean() < 0.15
+
+
+def test_intervals_draw_instances_again(worded: Samples) -> None:
+    error = metrics.drawn_as(worded) % 7.0  # wordings of one instance err alike
+    low, high = metrics.bootstrap(error, metrics.drawn_as(worded))
+    less, more = metrics.bootstrap(error, worded.request)
+    assert high - low > 1.5 * (more - less)
 
 
 def test_requests_cut_by_the_end_of_collection_are_not_judged(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": head.card.model,
         "prompts": len({rid.partition("#")[0] for rid in test.rids}),
         "requests": len(test.rids),
+        "instances": int(test.instance.max()) + 1,
         "samples": len(test.tokens),
         "at_limit": float(test.censored.mean()),
         "held_out_sources": args.hold_out_source,
@@ -192,7 +193,7 @@ def judge(
         results[name] = metrics.score(values, test, seed, sources) | costs[name]
         if name != "star":
             results[name]["star_minus"] = metrics.paired(
-                error["star"], error[name], test.request, seed
+                error["star"], error[name], metrics.drawn_as(test), seed
             )
     mean = baselines.AgeMean(parts.fit).predict(test)
     results["by_age"]["mae_of_mean"] = float(metrics.errors(mean, test).mean())
