@@ -15,7 +15,7 @@ import pytest
 from sglang_star.errors import ConfigError
 from sglang_star.predictor import dataset, ensemble, metrics, trials
 from sglang_star.predictor import fit as fitting
-from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
+from sglang_star.predictor.baselines import AUXILIARY, BASELINES, ByAge, ConstantMedian
 from sglang_star.predictor.fit import fit
 from sglang_star.predictor.head import Head
 from sglang_star.predictor.recipe import Recipe
@@ -159,7 +159,7 @@ def test_a_feature_that_never_varied_does_not_act(parts: dataset.Split, head: He
     assert np.array_equal(head.logits(*states, x.features), head.logits(*states, other))
 
 
-@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"paper", "auxiliary"}))
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"paper", *AUXILIARY}))
 def test_baselines_predict_every_sample(parts: dataset.Split, name: str) -> None:
     predicted = BASELINES[name](parts.fit, 0).predict(parts.test)
     assert predicted.shape[0] == len(parts.test.tokens)
