@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
-from sglang_star.predictor import dataset, ensemble, metrics, trials
+from sglang_star.predictor import baselines, dataset, ensemble, metrics, trials
 from sglang_star.predictor import fit as fitting
 from sglang_star.predictor.baselines import AUXILIARY, BASELINES, ByAge, ConstantMedian
 from sglang_star.predictor.fit import fit
@@ -167,6 +167,20 @@ def test_baselines_predict_every_sample(parts: dataset.Split, name: str) -> None
     score = metrics.score(predicted, parts.test)
     constant = metrics.score(ConstantMedian(parts.fit, 0).predict(parts.test), parts.test)
     assert score["mae"] <= constant["mae"] * 1.2
+
+
+def test_the_papers_head_is_trained_as_validation_says(
+    parts: dataset.Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "SCHEDULES", ((1e-9, 0.0), (1e-3, 0.0)))
+    monkeypatch.setattr(baselines, "TRIAL_EPOCHS", 2)
+    monkeypatch.setattr(baselines, "EPOCHS", 6)
+    found = baselines.PaperHead(parts.fit, 0)
+    slow, fast = found.notes["tried"].values()
+    assert fast < slow, "a rate that learns nothing must lose"
+    ours = metrics.score(found.predict(parts.test), parts.test)["mae"]
+    constant = metrics.score(ConstantMedian(parts.fit, 0).predict(parts.test), parts.test)["mae"]
+    assert ours < constant
 
 
 def test_no_prompt_is_in_two_splits(parts: dataset.Split) -> None:
