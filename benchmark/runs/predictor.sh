@@ -9,10 +9,11 @@
 # train table held calibration ablations step curve (default all). The environment sets SAMPLING
 # (flags of `star predictor collect`) [--temperature 0.2 --top-p 0.9 --top-k 64], LIMIT [1800]
 # prompts, POINTS [100] prefixes of 16 outputs for the floor, TRAIN flags of `star predictor train`,
-# HOLD [gsm8k_train ifeval] sources, MINUTES [15] of processor time for the auxiliary model. On one
-# core of a CPU the default model takes hours.
+# HOLD [gsm8k_train ifeval] sources, MINUTES [inf: until they have converged] of processor time for
+# each auxiliary model; the report says whether that was enough. On one core of a CPU the default
+# model takes hours, and the auxiliary models a day. Ablations are judged on validation requests.
 set -eu
-[ $# -ge 3 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$1 prompts=$2 out=$3
 shift 3
 mkdir -p "$out"
@@ -37,14 +38,14 @@ train() {
 table() {
     made "$out/table.json" || star predictor eval --samples "$out/samples" --model "$model" \
         --sources "$prompts" --head "$out/head.safetensors" --floor "$out/floor" \
-        --auxiliary-minutes "${MINUTES:-15}" --json "$out/table.json" --plot "$out/table.png"
+        --auxiliary-minutes "${MINUTES:-inf}" --json "$out/table.json" --plot "$out/table.png"
 }
 held() { # heads and baselines that never saw a prompt of these sources
     made "$out/held.safetensors" || star predictor train --samples "$out/samples" \
         --sources "$prompts" --hold-out-source $hold --out "$out/held.safetensors" ${TRAIN:-}
     made "$out/held.json" || star predictor eval --samples "$out/samples" --model "$model" \
         --sources "$prompts" --hold-out-source $hold --head "$out/held.safetensors" \
-        --auxiliary-minutes "${MINUTES:-15}" --json "$out/held.json" --plot "$out/held.png"
+        --auxiliary-minutes "${MINUTES:-inf}" --json "$out/held.json" --plot "$out/held.png"
 }
 ablations() {
     made "$out/ablations.json" || star bench predictor --ablations "$out/samples" \

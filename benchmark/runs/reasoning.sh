@@ -25,8 +25,8 @@ collect() {
         --prompts "$out/prompts.jsonl.gz" --out "$out/samples" \
         --max-new-tokens 4096 --temperature 0.6 --top-p 0.95 --concurrency 32
 }
-predict() { # the auxiliary model gets more time than elsewhere: there is more to learn from
-    LIMIT=16000 POINTS=120 MINUTES="${MINUTES:-20}" HOLD="${HOLD:-collatz tree}" \
+predict() {
+    LIMIT=16000 POINTS=120 HOLD="${HOLD:-collatz tree}" \
         TRAIN="--repeats 1 --epochs 30 --name star-reasoning-1.6m" \
         "$(dirname "$0")/predictor.sh" "$model" "$out/prompts.jsonl.gz" "$out" \
         floor train table held calibration curve

@@ -1,8 +1,8 @@
 """``star bench predictor --ablations SAMPLES``: what each part of the head's recipe is worth.
 
-Every variant is fitted on the requests that the head is fitted on, or fewer, and judged on the same
-held-back ones. The recorder sees the last layer only; with the model at hand, :mod:`layers` gives
-the states of others.
+Every variant is fitted on the head's training requests, or fewer, and judged on its validation
+ones: what is read off here decides the next recipe, so no test request may take part in it. The
+recorder sees the last layer only; with the model at hand, :mod:`layers` gives the states of others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Variant:
     Attributes:
         group: what is varied; name: how.
         recipe: hyperparameters; interval: output tokens between two labels.
-        share: every how many-th request is fitted on; point: absolute error instead of survival.
+        share: every how many-th instance is fitted on; point: absolute error instead of survival.
     """
 
     group: str
@@ -54,7 +54,7 @@ class Variant:
 
     def samples(self, samples: Samples) -> Samples:
         """What this variant is fitted on."""
-        chosen = samples.select(np.arange(len(samples.rids)) % self.share == 0)
+        chosen = samples.select(samples.instance % self.share == 0)
         return dataset.thinned(chosen, self.interval) if self.interval else chosen
 
 
@@ -102,13 +102,13 @@ def run(
         ConfigError: the folder holds no usable collection, or the model is not the one of it.
     """
     fingerprint, manifest = describe(folder)
-    parts = dataset.split(load_samples(folder))
+    parts = dataset.choice(dataset.split(load_samples(folder)).fit)
     recipe, _ = trials.choose(parts.fit, recipe)
     rows: list[dict[str, Any]] = []
     report = {
         "model": manifest["model"],
         "fit_requests": len(parts.fit.rids),
-        "test_requests": len(parts.test.rids),
+        "validation_requests": len(parts.test.rids),
         "recipe": dataclasses.asdict(recipe),
         "rows": rows,
     }
@@ -127,7 +127,7 @@ def run(
         rows.append(
             {"group": variant.group, "name": variant.name, "requests": len(samples.rids)}
             | {name: result.get(name) for name in KEPT}
-            | {"minus_full": metrics.paired(error, reference, parts.test.request)}
+            | {"minus_full": metrics.paired(error, reference, metrics.drawn_as(parts.test))}
         )
         print(describe_row(rows[-1]), flush=True)
         if keep is not None:

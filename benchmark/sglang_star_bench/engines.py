@@ -84,6 +84,27 @@ def greedy(tokens: int) -> dict[str, Any]:
     return {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
 
 
+def ending(length: int, limit: int, stop: int) -> dict[str, Any]:
+    """Sampling parameters of exactly ``length`` greedy tokens, the last one ``stop``.
+
+    The limit is what a client would set that does not know the length, and the only number of
+    these that router, schedulers and predictor go by. That ``stop`` cannot come sooner and then
+    must is the sampler's business alone.
+
+    Args:
+        length: output tokens, at least 2: the first one is prefill's.
+        limit: ``max_new_tokens``.
+        stop: a token id.
+    """
+    return {
+        "temperature": 0,
+        "max_new_tokens": limit,
+        "min_new_tokens": length - 1,
+        "stop_token_ids": [stop],
+        "logit_bias": {str(stop): 1e4},
+    }
+
+
 async def post(session: aiohttp.ClientSession, url: str, body: Any = None) -> Any:
     """POST and return the decoded answer.
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import aiohttp
 
 from sglang_star.errors import PeerError
-from sglang_star_bench.engines import Stream, greedy
+from sglang_star_bench.engines import Stream, ending
 from sglang_star_bench.simulator.recorder import Recorder
 from sglang_star_bench.simulator.request import Request, State
 from sglang_star_bench.traces import Trace
@@ -20,13 +20,21 @@ from sglang_star_bench.traces import Trace
 LOOK_EVERY_S: Final = 0.5
 COUNTERS: Final = ("retractions", "paced_late")
 TOKEN_IDS: Final = range(100, 30_000)
+STOP: Final = 50
+"""Ends outputs; no prompt has it."""
 
 
-async def replay(url: str, trace: Trace, recorder: Recorder, seed: int) -> tuple[float, int]:
+async def replay(
+    url: str, trace: Trace, recorder: Recorder, seed: int, limit: int
+) -> tuple[float, int]:
     """Send every request of ``trace`` at its time and wait for all of them.
 
     Prompts are random token ids, so that no prefix is shared; outputs are exactly as long as the
-    trace says, and so are the limits the engines see.
+    trace says, which nobody is told who decides anything (:func:`body`).
+
+    Args:
+        url: of the router; trace, recorder: what to play and who judges; seed: of the prompts.
+        limit: ``max_new_tokens`` of every request.
 
     Returns:
         Wall time until the last one ended, seconds; forwards that took longer than the engines are
@@ -41,7 +49,7 @@ async def replay(url: str, trace: Trace, recorder: Recorder, seed: int) -> tuple
         try:
             async with asyncio.TaskGroup() as group:
                 for row in range(trace.arrival_s.size):
-                    group.create_task(_one(session, trace, row, seed, started, recorder))
+                    group.create_task(_one(session, trace, row, seed, started, recorder, limit))
         finally:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -64,23 +72,19 @@ async def _one(
     seed: int,
     started: float,
     recorder: Recorder,
+    limit: int,
 ) -> None:
     arrival = float(trace.arrival_s[row])
     await asyncio.sleep(started + arrival - time.time())
     prompt, length = int(trace.input_len[row]), int(trace.output_len[row])
-    chance = random.Random(seed * 1_000_003 + row)
     rid = f"replay-{seed}-{row}-{started:.0f}-"
-    body = {
-        "input_ids": chance.choices(TOKEN_IDS, k=prompt),
-        "sampling_params": greedy(length),
-        "rid": rid,
-    }
-    request = Request(rid, row, arrival, prompt, length, length)
+    request = Request(rid, row, arrival, prompt, length, limit)
     recorder.arrived(request)
     stream = Stream()
     sent = time.time()
     try:
-        await stream.read(session, "", body)
+        asked = body(rid, prompt, length, limit, seed * 1_000_003 + row)
+        await stream.read(session, "", asked)
         request.state = State.FINISHED if stream.tokens == length else State.FAILED
     except (PeerError, aiohttp.ClientError):
         request.state = State.FAILED
@@ -91,6 +95,19 @@ async def _one(
     for (earlier, had), (later, has) in zip(stream.arrivals, stream.arrivals[1:], strict=False):
         recorder.itl.add((later - earlier) * 1e3 / (has - had), has - had)
     recorder.done(request)
+
+
+def body(rid: str, prompt: int, length: int, limit: int, seed: int) -> dict[str, Any]:
+    """A request of so many prompt tokens that ends after ``length`` of at most ``limit`` tokens.
+
+    Two that differ in nothing but ``length`` are the same to the router, to SGLang's scheduler and
+    to the predictor.
+    """
+    return {
+        "input_ids": random.Random(seed).choices(TOKEN_IDS, k=prompt),
+        "sampling_params": ending(length, limit, STOP),
+        "rid": rid,
+    }
 
 
 async def _watch(session: aiohttp.ClientSession, recorder: Recorder) -> None:

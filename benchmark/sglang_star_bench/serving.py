@@ -5,8 +5,8 @@ router; prompts, outputs and SGLang's admission reserve divided by ``--shrink``,
 model must keep up. The same requests then run in the simulator, whose every assumption about
 engines, router and migration is thereby tested: the table shows where the two differ.
 
-Engines see the true length as ``max_new_tokens``; no predictor runs, so policies that look ahead
-go by age alone, on both sides.
+Every request has the same ``max_new_tokens``, and what ends it is told to nobody who decides
+anything; no predictor runs, so policies that look ahead go by age alone, on both sides.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from sglang_star_router.policy.snapshot import RESERVE_EACH
 
 DEFAULT_POLICIES: Final = ["round-robin", "least-tokens", "reactive", "star"]
 DECISION_S: Final = 0.5
+LIMIT: Final = 32_768
+"""``max_new_tokens`` that clients of a reasoning model set, before shrinking."""
 COMPARED: Final = (
     ("TTFT P50, ms", "ttft_ms", "p50"),
     ("TTFT P99, ms", "ttft_ms", "p99"),
@@ -68,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-tokens", type=int, default=6000, help="KV of a decode engine [%(default)s]")
     add("--shrink", type=float, default=16.0, help="divide the trace's lengths [%(default)s]")
     add("--longest", type=int, default=1500, help="cut lengths after shrinking [%(default)s]")
+    add("--limit", type=int, help=f"max_new_tokens of every request [{LIMIT:,} shrunk]")
     add("--load", type=float, default=0.9, help="multiple of the saturation rate [%(default)s]")
     add("--duration", type=float, default=180.0, help="seconds of arrivals [%(default)s]")
     add("--warmup", type=float, default=30.0, help="seconds not judged [%(default)s]")
@@ -100,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in policies:
             running.replace_router(**routing(name, args, profile))
             recorder = Recorder(args.ttft_slo, args.tpot_slo, args.warmup)
-            wall_s, late = asyncio.run(replay(running.url, trace, recorder, args.seed))
+            wall_s, late = asyncio.run(replay(running.url, trace, recorder, args.seed, limit(args)))
             twin = simulate(args, name, profile, trace)
             for where, found in (("cluster", recorder), ("simulator", twin)):
                 recorders.append((f"{name}, {where}", found))
                 rows.append(
                     {"where": where, "policy": name, "profile": args.paced, "trace": trace.name,
-                     "instances": args.decode, "load": args.load, "seed": args.seed}
+                     "instances": args.decode, "load": args.load, "seed": args.seed,
+                     "max_new_tokens": limit(args)}
                     | found.summary(args.duration - args.warmup)
                 )  # fmt: skip
             rows[-2] |= {"wall_s": round(wall_s, 3), "late_forwards": late}
@@ -131,6 +135,10 @@ def window(args: argparse.Namespace, profile: Profile) -> Trace:
             raise ConfigError(f"--{flag.replace('_', '-')} must be positive")
     if not 0 <= args.warmup < args.duration:
         raise ConfigError("--warmup must lie between 0 and --duration")
+    if args.longest > limit(args):
+        raise ConfigError(
+            f"outputs up to --longest {args.longest} do not end within --limit {limit(args)}"
+        )
     whole = arguments.read_trace(args.trace)
     lengths = [
         (column / args.shrink).clip(2, args.longest).round()
@@ -154,6 +162,11 @@ def cluster(args: argparse.Namespace) -> ClusterSpec:
         max_total_tokens=args.kv_tokens,
         decode_arguments=("--num-reserved-decode-tokens", str(reserve(args))),
     )
+
+
+def limit(args: argparse.Namespace) -> int:
+    """``max_new_tokens`` of every request."""
+    return int(args.limit or max(2, round(LIMIT / args.shrink)))
 
 
 def reserve(args: argparse.Namespace) -> int:
@@ -191,7 +204,7 @@ def simulate(args: argparse.Namespace, policy: str, profile: Profile, trace: Tra
         prefill_instances=args.prefill,
         duration_s=args.duration,
         warmup_s=args.warmup,
-        max_new_tokens=0,
+        max_new_tokens=limit(args),
         reserved_tokens=reserve(args),
         ttft_slo_ms=args.ttft_slo,
         tpot_slo_ms=args.tpot_slo,

@@ -23,8 +23,11 @@ MODEL = ModelFingerprint(
 )
 
 
-def records(count: int, seed: int = 0, limit: int = 400) -> list[RequestRecord]:
-    """Requests whose length is log-normal around ``40 * 2**z``, with ``z`` in the hidden state."""
+def records(count: int, seed: int = 0, limit: int = 400, wordings: int = 1) -> list[RequestRecord]:
+    """Requests whose length is log-normal around ``40 * 2**z``, with ``z`` in the hidden state.
+
+    So many one after another are wordings of one instance.
+    """
     generator = np.random.default_rng(seed)
     mix = generator.standard_normal((3, HIDDEN))
     result = []
@@ -40,7 +43,7 @@ def records(count: int, seed: int = 0, limit: int = 400) -> list[RequestRecord]:
         hidden = (np.stack([np.full(len(tokens), kind), progress, noise], 1) @ mix).astype("f4")
         result.append(
             RequestRecord(
-                rid=f"{prompt_key(f'{seed} {number}')}#0",
+                rid=_instance(number // wordings, wordings) + f"{prompt_key(f'{seed} {number}')}#0",
                 prompt_ids=generator.integers(0, 100, 10),
                 output_ids=generator.integers(0, 100, length),
                 max_new_tokens=limit,
@@ -51,6 +54,10 @@ def records(count: int, seed: int = 0, limit: int = 400) -> list[RequestRecord]:
             )
         )
     return result
+
+
+def _instance(number: int, wordings: int) -> str:
+    return f"{prompt_key(f'instance {number}')}-" if wordings > 1 else ""
 
 
 def head(width: int = 4, fingerprint: ModelFingerprint = MODEL, seed: int = 0) -> Head:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from sglang_star.errors import ConfigError, SetupError
-from sglang_star.predictor import auxiliary, collect, dataset, errorcurve, floor, metrics, resample
+from sglang_star.model import reasoning_model
+from sglang_star.predictor import (
+    auxiliary,
+    collect,
+    dataset,
+    encoders,
+    errorcurve,
+    floor,
+    metrics,
+    resample,
+)
 from sglang_star.predictor.baselines import AgeMean, ByAge
 from sglang_star.predictor.evaluate import main as evaluate
 from sglang_star.predictor.head import load
+from sglang_star.predictor.prompts import split_of
 from sglang_star.predictor.recipe import Recipe
 from sglang_star.predictor.samples import (
     MANIFEST,
@@ -27,6 +38,7 @@ from sglang_star.predictor.samples import (
     write_shard,
 )
 from sglang_star.predictor.train import main as train
+from sglang_star.predictor.windows import View, windows
 from sglang_star.protocol import QUANTILE_LEVELS
 from sglang_star_bench import ablations, calibration
 from sglang_star_bench.simulator.emulated import ErrorCurve
@@ -281,6 +293,9 @@ def test_every_ablation_is_judged_against_the_whole_recipe(folder: Path, tmp_pat
     assert rows[ablations.FULL]["minus_full"]["difference"] == 0
     assert rows["1/4 of the requests"]["requests"] == -(-report["fit_requests"] // 4)
     assert "projection to 16" not in rows, "wider than the state"
+    splits = [split_of(rid) for rid in load_samples(folder).rids]
+    assert report["fit_requests"] == splits.count("train")
+    assert report["validation_requests"] == splits.count("validation"), "the test split chooses"
     changed = [row for row in report["rows"] if row["minus_full"]["difference"] != 0]
     assert len(changed) >= len(rows) - 2
     ablations.plot(report, tmp_path / "plot.png")
@@ -291,36 +306,80 @@ def test_every_ablation_is_judged_against_the_whole_recipe(folder: Path, tmp_pat
 
 
 def test_without_its_package_the_auxiliary_baseline_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, test_part: Samples
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(auxiliary, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(encoders, "PACKAGE", "no_such_package")
     with pytest.raises(SetupError, match=r"sglang-star\[bench\]"):
-        auxiliary.Auxiliary(test_part, 0, lambda ids: "")
+        encoders.Pretrained(10, str)
 
 
 def test_the_auxiliary_baseline_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        auxiliary.decoder(str(tmp_path))
+        encoders.vocabulary(str(tmp_path))
 
 
-def test_the_auxiliary_model_sees_the_prompts_head_and_the_latest_output(
-    test_part: Samples,
+@pytest.mark.parametrize("output", [40, 100, 500])
+def test_every_sample_is_judged_once_by_what_came_before_it(
+    test_part: Samples, output: int
 ) -> None:
-    pytest.importorskip(auxiliary.PACKAGE)
-    from transformers import AutoTokenizer
+    found = windows(test_part, View(4, output), (100, 101))
+    judged = np.concatenate([one.samples for one in found])
+    assert sorted(judged) == list(range(len(test_part.tokens)))
+    for one in found:
+        assert len(one.ids) <= View(4, output).longest
+        request = test_part.request[one.samples[0]]
+        prompt, ids = test_part.prompt_ids[request], test_part.output_ids[request]
+        assert one.ids[:6].tolist() == [100, *prompt[:4], 101]
+        for sample, place in zip(one.samples, one.places, strict=True):
+            tokens = int(test_part.tokens[sample])
+            read = one.ids[6 : place + 1]
+            assert len(read) >= min(tokens, output // 2)
+            assert read.tolist() == ids[tokens - len(read) : tokens].tolist()
 
-    seen: Any = SimpleNamespace(
-        _decode=lambda ids: " ".join(str(i) for i in ids),
-        _tokenizer=AutoTokenizer.from_pretrained(auxiliary._weights()),
-    )
-    texts = auxiliary.Auxiliary.encode(seen, test_part)
-    assert max(len(text) for text in texts) == auxiliary.LENGTH
-    row = int(np.argmax(test_part.tokens))
-    request = test_part.request[row]
-    text = seen._tokenizer.decode(texts[row])
-    assert text.startswith("[CLS] " + " ".join(map(str, test_part.prompt_ids[request])) + " [SEP]")
-    latest = test_part.output_ids[request][: test_part.tokens[row]][-20:]
-    assert text.endswith(" ".join(map(str, latest)) + " [SEP]")
+
+def small() -> Any:
+    return encoders.Small(12, 32)
+
+
+def pretrained() -> Any:
+    pytest.importorskip(encoders.PACKAGE)
+    return encoders.Pretrained(12, lambda token: "abcdefghij"[token])
+
+
+@pytest.mark.parametrize("make", [small, pretrained])
+def test_an_encoder_sees_nothing_of_what_comes_later(make: Any) -> None:
+    encoder = make().eval()
+    ids = torch.tensor([[10, 1, 2, 11, 3, 4, 5, 6]])
+    other = ids.clone()
+    other[:, 6:] = 9
+    with torch.no_grad():
+        states, again = encoder(ids)[0], encoder(other)[0]
+    assert states.shape == (8, encoder.width)
+    assert torch.allclose(states[:6], again[:6], atol=1e-5)
+    assert not torch.allclose(states[6:], again[6:], atol=1e-2)
+
+
+def test_training_of_an_encoder_is_judged_by_validation_and_says_how_far_it_got(
+    folder: Path, test_part: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "VIEWS": (View(8, 40), View(8, 80)), "RATES": {"small": (1e-3,)}, "TRIAL_TOKENS": 2000,
+        "LOOK_TOKENS": 2000, "PATIENCE": 1, "JUDGED": 10,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(auxiliary, name, value)
+    fit, served = dataset.split(load_samples(folder)).fit, str(reasoning_model())
+    found = auxiliary.Auxiliary(fit, 0, served, "small")
+    assert found.notes["converged"]
+    assert len(found.notes["tried"]) == 3  # two views, and a second loss with the better one
+    curve = found.notes["curve"]
+    assert min(look["mae"] for look in curve) < curve[0]["mae"]
+    assert [look["tokens"] for look in curve] == sorted(look["tokens"] for look in curve)
+    few = test_part.head(40)
+    predicted = found.predict(few)
+    assert np.isfinite(predicted).all()
+    assert predicted == pytest.approx(found.predict(test_part)[: len(few.tokens)], rel=1e-3)
+    stopped = auxiliary.Auxiliary(fit, 0, served, "small", minutes=0)
+    assert not stopped.notes["converged"], "its figure is not the baseline's"
 
 
 def test_the_routers_correction_of_a_head(

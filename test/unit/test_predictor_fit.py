@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
-from sglang_star.predictor import dataset, ensemble, metrics, trials
+from sglang_star.predictor import baselines, dataset, ensemble, metrics, trials
 from sglang_star.predictor import fit as fitting
-from sglang_star.predictor.baselines import BASELINES, ByAge, ConstantMedian
+from sglang_star.predictor.baselines import AUXILIARY, BASELINES, ByAge, ConstantMedian
 from sglang_star.predictor.fit import fit
 from sglang_star.predictor.head import Head
 from sglang_star.predictor.recipe import Recipe
-from sglang_star.predictor.samples import RequestRecord, load_samples, write_shard
+from sglang_star.predictor.samples import RequestRecord, Samples, load_samples, write_shard
 from sglang_star.predictor.train import main as train
 from sglang_star.predictor.train import predict
 from unit import predictor_cases as cases
@@ -159,7 +159,7 @@ def test_a_feature_that_never_varied_does_not_act(parts: dataset.Split, head: He
     assert np.array_equal(head.logits(*states, x.features), head.logits(*states, other))
 
 
-@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"paper", "auxiliary"}))
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"paper", *AUXILIARY}))
 def test_baselines_predict_every_sample(parts: dataset.Split, name: str) -> None:
     predicted = BASELINES[name](parts.fit, 0).predict(parts.test)
     assert predicted.shape[0] == len(parts.test.tokens)
@@ -169,9 +169,73 @@ def test_baselines_predict_every_sample(parts: dataset.Split, name: str) -> None
     assert score["mae"] <= constant["mae"] * 1.2
 
 
+def test_the_papers_head_is_trained_as_validation_says(
+    parts: dataset.Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "SCHEDULES", ((1e-9, 0.0), (1e-3, 0.0)))
+    monkeypatch.setattr(baselines, "TRIAL_EPOCHS", 2)
+    monkeypatch.setattr(baselines, "EPOCHS", 6)
+    found = baselines.PaperHead(parts.fit, 0)
+    slow, fast = found.notes["tried"].values()
+    assert fast < slow, "a rate that learns nothing must lose"
+    ours = metrics.score(found.predict(parts.test), parts.test)["mae"]
+    constant = metrics.score(ConstantMedian(parts.fit, 0).predict(parts.test), parts.test)["mae"]
+    assert ours < constant
+
+
 def test_no_prompt_is_in_two_splits(parts: dataset.Split) -> None:
     keys = [{rid.partition("#")[0] for rid in part.rids} for part in (parts.fit, parts.test)]
     assert not keys[0] & keys[1]
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """Requests of which every four are wordings of one instance."""
+    folder = tmp_path_factory.mktemp("worded")
+    write_shard(folder / "shard-000000.safetensors", cases.records(600, wordings=4))
+    return load_samples(folder)
+
+
+def instances(samples: Samples) -> set[str]:
+    return {rid.partition("-")[0] for rid in samples.rids}
+
+
+def test_no_instance_is_in_two_splits(worded: Samples) -> None:
+    parts = dataset.split(worded)
+    chosen = dataset.choice(parts.fit)
+    assert not instances(parts.fit) & instances(parts.test)
+    assert not instances(chosen.fit) & instances(chosen.test)
+    # What chooses is a part of what is fitted on, and all of it takes part.
+    assert instances(chosen.fit) | instances(chosen.test) == instances(parts.fit)
+    assert max(worded.instance) + 1 == len(instances(worded)) == 150
+
+
+def test_an_instance_of_a_held_out_source_teaches_in_no_other_wording(worded: Samples) -> None:
+    held_out = np.arange(len(worded.rids)) % 8 == 0  # one wording of every other instance
+    parts = dataset.split(worded, held_out)
+    assert not instances(parts.fit) & instances(parts.test)
+
+
+@pytest.mark.parametrize("aside_from", [4000, 100])
+def test_no_member_leaves_out_an_instance_that_it_trains_on(
+    worded: Samples, aside_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "ASIDE_FROM", aside_from)
+    recipe = Recipe(width=4, inner=8, dropout=0.5, repeats=2)
+    found = fitting.Inputs.of(worded, recipe)
+    for trains in (*found.trains, found.calibrates):
+        for row in range(len(trains)):
+            same = worded.instance[worded.request] == worded.instance[worded.request[row]]
+            assert (trains[same] == trains[row]).all()
+    if aside_from == 100:
+        assert 0.05 < found.calibrates.mean() < 0.15
+
+
+def test_intervals_draw_instances_again(worded: Samples) -> None:
+    error = metrics.drawn_as(worded) % 7.0  # wordings of one instance err alike
+    low, high = metrics.bootstrap(error, metrics.drawn_as(worded))
+    less, more = metrics.bootstrap(error, worded.request)
+    assert high - low > 1.5 * (more - less)
 
 
 def test_requests_cut_by_the_end_of_collection_are_not_judged(tmp_path: Path) -> None:

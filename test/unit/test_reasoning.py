@@ -8,12 +8,14 @@ import json
 import math
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
+from sglang_star.predictor.prompts import read_prompts, split_of
 from sglang_star_bench.reasoning import check, command, model, tasks
 from sglang_star_bench.reasoning.recipe import MIXES, Recipe
 from sglang_star_bench.reasoning.tasks import FAMILIES, Problem
@@ -270,3 +272,20 @@ def test_the_packaged_model_is_small_and_knows_its_steps() -> None:
     provenance = json.loads((model.WEIGHTS / "provenance.json").read_text())
     assert provenance["tokens"] > 1_000_000
     assert check.forced_loss(model.WEIGHTS, 8, 3)["all"] < 0.1
+
+
+def test_no_instance_is_both_fitted_and_judged_on(tmp_path: Path) -> None:
+    # Collatz has few starts, so nearly every one comes in several wordings: the same length.
+    command.write_prompts(tmp_path / "prompts.jsonl", 3000, 1, ["collatz", "product", "gcd"])
+    instances = {problem.prompt: problem.key for problem in given(3000)}
+    parts: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
+    for prompt in read_prompts(tmp_path / "prompts.jsonl"):
+        parts[split_of(f"{prompt.key}#0")].add(instances[prompt.text])
+    leaked = {key for name in ("train", "validation") for key in parts["test"] & parts[name]}
+    assert not leaked, f"{len(leaked)} of {len(parts['test'])} instances judged on were fitted on"
+    assert not parts["validation"] & parts["train"]
+    assert min(map(len, parts.values())) > 100
+
+
+def given(count: int) -> Iterator[Problem]:
+    return itertools.islice(check.held_back(1, ["collatz", "product", "gcd"]), count)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_star.errors import ConfigError
 from sglang_star.platform.profile import find
+from sglang_star.star_request import star_of
 from sglang_star_bench import figures, serving
+from sglang_star_bench.replay import STOP, TOKEN_IDS, body
+from sglang_star_router import calls
 from sglang_star_router.command_line import parse_args
+from unit import predictor_cases as cases
 
 PROFILE = replace(find("24gb-7b*2"), kv_capacity=6000)
 
@@ -64,3 +72,60 @@ def test_the_simulated_side_finishes_what_it_is_given(tmp_path: Path) -> None:
     assert "TPOT P99" in serving.table(row, row)
     figures.distributions([("cluster", twin), ("simulator", twin)], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+# --------------------------------------------------------------------------- who knows the length
+
+
+def asked(length: int) -> dict[str, Any]:
+    return body("replay-0-3-1-", prompt=40, length=length, limit=2048, seed=7)
+
+
+def test_the_router_reads_the_same_of_requests_of_all_lengths() -> None:
+    short, long = (
+        calls.read_facts("/generate", json.dumps(asked(length) | {"stream": True}).encode())
+        for length in (2, 1500)
+    )
+    assert short is not None
+    assert short == long
+    assert short.max_new_tokens == 2048
+    assert asked(2)["input_ids"] == asked(1500)["input_ids"]
+
+
+def estimates(length: int) -> Iterator[tuple[float, ...]]:
+    """What the predictor says of a request at each of its first ten tokens."""
+    sampling = pytest.importorskip("sglang.srt.sampling.sampling_params")
+    from sglang_star.predictor.estimator import Estimator
+
+    head = cases.head()
+    estimator = Estimator(head)
+    req = cases.request()
+    fields = asked(length)
+    req.origin_input_ids = fields["input_ids"]
+    req.sampling_params = sampling.SamplingParams(**fields["sampling_params"])
+    generator = np.random.default_rng(0)
+    for tokens in range(1, 11):
+        req.output_ids.append(100 + tokens)
+        row = generator.standard_normal((1, head.width)).astype(np.float32)
+        estimator.step(row, [req], [tokens])
+        yield star_of(req).estimate
+
+
+def test_the_predictor_says_the_same_of_requests_of_all_lengths() -> None:
+    short, long = list(estimates(12)), list(estimates(1500))
+    assert short == long
+    assert short[-1][-1] > 12, "limited by a length that it should not know"
+
+
+def test_the_end_token_comes_when_it_may_and_not_before() -> None:
+    fields = asked(1500)["sampling_params"]
+    assert STOP not in TOKEN_IDS
+    assert fields["stop_token_ids"] == [STOP]
+    assert fields["min_new_tokens"] == 1499  # masked until then, and beyond rivalry afterwards
+    assert fields["logit_bias"] == {str(STOP): 1e4}
+
+
+def test_a_limit_below_the_longest_output_is_refused() -> None:
+    args = serving.parser().parse_args(["--limit", "1000", "--longest", "1001"])
+    with pytest.raises(ConfigError, match="within --limit 1000"):
+        serving.window(args, PROFILE)

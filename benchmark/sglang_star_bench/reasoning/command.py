@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     prompts = commands.add_parser("prompts", help="write prompts the model was not trained on")
     prompts.add_argument("--count", required=True, type=int)
     prompts.add_argument("--seed", type=int, default=0, help="[0]")
-    prompts.add_argument("--out", required=True, type=Path, help="jsonl.gz: id, source, prompt")
+    prompts.add_argument(
+        "--out", required=True, type=Path, help="jsonl.gz: id, source, instance, prompt"
+    )
     prompts.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     check = commands.add_parser("check", help="loss, and accuracy through SGLang, by family")
     check.add_argument("--model", type=Path, default=WEIGHTS, help="folder [the packaged one]")
@@ -63,9 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_prompts(path: Path, count: int, seed: int, families: Sequence[str]) -> None:
-    """Write ``count`` prompts, one JSON object per line; the same seed gives the same bytes."""
+    """Write ``count`` prompts, one JSON object per line; the same seed gives the same bytes.
+
+    A problem has several wordings, and its length whatever the wording: each says its instance, so
+    that no wording of a problem judges what another taught.
+    """
     rows = (
-        {"id": f"{seed}-{i}", "source": problem.family, "prompt": problem.prompt}
+        {
+            "id": f"{seed}-{i}",
+            "source": problem.family,
+            "instance": f"{problem.family} {problem.key}",
+            "prompt": problem.prompt,
+        }
         for i, problem in enumerate(itertools.islice(held_back(seed, families), count))
     )
     text = "".join(json.dumps(row) + "\n" for row in rows)

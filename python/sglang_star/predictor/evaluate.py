@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": head.card.model,
         "prompts": len({rid.partition("#")[0] for rid in test.rids}),
         "requests": len(test.rids),
+        "instances": int(test.instance.max()) + 1,
         "samples": len(test.tokens),
         "at_limit": float(test.censored.mean()),
         "held_out_sources": args.hold_out_source,
@@ -112,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--auxiliary-minutes",
         type=float,
-        default=15.0,
+        default=math.inf,
         metavar="N",
-        help="processor time for fine-tuning the auxiliary model [15]",
+        help="processor time for training an auxiliary model [until it has converged]",
     )
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", type=Path, help="write the report here")
@@ -155,7 +157,8 @@ def predictions(
     """What the head and every baseline, fitted on ``parts.fit``, say about ``parts.test``.
 
     Returns:
-        By name the predictions, and ``parameters`` and ``ms_per_step``.
+        By name the predictions, and ``parameters``, ``ms_per_step`` and, of those that choose
+        or may not have come to their end, ``training``.
     """
     predicted = {"star": predict(head, parts.test)}
     costs: dict[str, dict[str, Any]] = {
@@ -165,7 +168,11 @@ def predictions(
         print(f"fitting {name}", flush=True)
         fitted = make(name, parts.fit)
         predicted[name] = fitted.predict(parts.test)
-        costs[name] = {"parameters": fitted.parameters, "ms_per_step": _step_ms(fitted, parts.test)}
+        costs[name] = {
+            "parameters": fitted.parameters,
+            "ms_per_step": _step_ms(fitted, parts.test),
+            "training": getattr(fitted, "notes", {}),
+        }
     return predicted, costs
 
 
@@ -192,7 +199,7 @@ def judge(
         results[name] = metrics.score(values, test, seed, sources) | costs[name]
         if name != "star":
             results[name]["star_minus"] = metrics.paired(
-                error["star"], error[name], test.request, seed
+                error["star"], error[name], metrics.drawn_as(test), seed
             )
     mean = baselines.AgeMean(parts.fit).predict(test)
     results["by_age"]["mae_of_mean"] = float(metrics.errors(mean, test).mean())

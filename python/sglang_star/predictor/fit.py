@@ -1,8 +1,9 @@
 """Fitting the distribution head: a small ensemble by cross-validation, then calibration.
 
-Every member leaves out one fold of the requests and stops when that fold gets worse, so all data
-trains and all data judges. The folds are drawn several times over. What the members that left a
-request out say about it, together, tells which level to read for each nominal one.
+Every member leaves out one fold of the requests, whole instances, and stops when that fold gets
+worse, so all data trains and all data judges. The folds are drawn several times over. What the
+members that left a request out say about it, together, tells which level to read for each nominal
+one.
 
 One member in five is less sure than all of them, so a band calibrated so is somewhat too wide.
 Where requests are many, a tenth of them is left out by every member and calibrates the whole
@@ -56,7 +57,7 @@ class Inputs:
     @classmethod
     def of(cls, samples: Samples, recipe: Recipe) -> Inputs:
         """Project, standardise and deal into folds."""
-        requests = len(samples.rids)
+        requests, instance = len(samples.rids), samples.instance
         if not recipe.settled:
             raise ValueError("a head's sizes and dropout must be chosen before it is fitted")
         mean, basis = projection.project(samples, recipe.width)
@@ -67,11 +68,12 @@ class Inputs:
         acts = (scale > 1e-5 * (1.0 + np.abs(center))) & _used(recipe, width)
         gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=acts)
         generator = np.random.default_rng(recipe.seed)
-        folds = [generator.permutation(np.arange(requests) % FOLDS) for _ in range(recipe.repeats)]
+        dealt = np.arange(int(instance.max()) + 1)
+        folds = [generator.permutation(dealt % FOLDS)[instance] for _ in range(recipe.repeats)]
         trains = np.stack([fold != left for fold in folds for left in range(FOLDS)])
         calibrates = np.ones(requests, bool)
         if requests >= ASIDE_FROM:
-            calibrates = generator.permutation(requests) < ASIDE * requests
+            calibrates = (generator.permutation(dealt) < ASIDE * len(dealt))[instance]
             trains &= ~calibrates
         x = ((x - center) * gain).astype(np.float32)
         return cls(

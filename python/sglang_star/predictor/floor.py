@@ -43,7 +43,7 @@ class Floor:
             samples: the test split.
             results: predictions by name, as :func:`metrics.score` takes them; ``by_age`` among
                 them.
-            seed: of the bootstrap over requests.
+            seed: of the bootstrap over instances.
 
         Returns:
             ``points, requests, draws, mae, mae_ci, mae_seen`` (with the median of all draws,
@@ -52,14 +52,14 @@ class Floor:
         """
         floors = np.array([_left_out(draws) for draws in self.draws])
         seen = np.array([np.abs(draws - np.median(draws)).mean() for draws in self.draws])
-        request = samples.request[self.rows]
+        request, unit = samples.request[self.rows], metrics.drawn_as(samples)[self.rows]
         quarter = self._quarter(samples)
         report: dict[str, Any] = {
             "points": len(self.rows),
             "requests": len(np.unique(request)),
             "draws": int(sum(len(draws) for draws in self.draws)),
             "mae": float(floors.mean()),
-            "mae_ci": list(metrics.bootstrap(floors, request, seed)),
+            "mae_ci": list(metrics.bootstrap(floors, unit, seed)),
             "mae_seen": float(seen.mean()),
             "mae_by_quarter": [
                 float(floors[quarter == i].mean()) if (quarter == i).any() else None
@@ -70,7 +70,7 @@ class Floor:
         risks = {name: self._risk(predicted, samples) for name, predicted in results.items()}
         for name, risk in risks.items():
             report["predictors"][name] = {"mae": float(risk.mean())} | _removed(
-                risk, risks["by_age"], floors, request, seed
+                risk, risks["by_age"], floors, unit, seed
             )
         return report
 
@@ -111,13 +111,11 @@ def _left_out(draws: Array) -> float:
     return float(np.abs(draws - others).mean())
 
 
-def _removed(
-    risk: Array, by_age: Array, floors: Array, request: Array, seed: int
-) -> dict[str, Any]:
+def _removed(risk: Array, by_age: Array, floors: Array, unit: Array, seed: int) -> dict[str, Any]:
     """Share of the way from the by-age median down to the floor, with its 95 % interval."""
-    _, request = np.unique(request, return_inverse=True)
-    gained = np.bincount(request, by_age - risk)
-    reducible = np.bincount(request, by_age - floors)
+    _, unit = np.unique(unit, return_inverse=True)
+    gained = np.bincount(unit, by_age - risk)
+    reducible = np.bincount(unit, by_age - floors)
     if reducible.sum() <= 0:
         return {"removed": None, "removed_ci": None}
     drawn = metrics.draws(len(gained), seed)

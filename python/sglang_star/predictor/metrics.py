@@ -1,4 +1,4 @@
-"""How good a remaining-length predictor is, with intervals over requests."""
+"""How good a remaining-length predictor is, with intervals over instances."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def score(
         sources: the source of each request, for the errors by source.
 
     Returns:
-        ``mae`` and its 95 % interval over requests, ``mae_per_request`` (every request counts
+        ``mae`` and its 95 % interval over instances, ``mae_per_request`` (every request counts
         alike), ``mae_by_progress`` (ten tenths of the output), ``mae_by_source``, ``spearman``,
         ``c_index`` and, given quantiles, ``coverage`` of P10-P90 and what :func:`calibration`
         finds.
@@ -52,7 +52,7 @@ def score(
     point = clipped if clipped.ndim == 1 else clipped[:, MEDIAN]
     actual = samples.remaining.astype(np.float64)
     error = np.abs(point - actual)
-    low, high = bootstrap(error, samples.request, seed)
+    low, high = bootstrap(error, drawn_as(samples), seed)
     counts = np.bincount(samples.request)
     result: dict[str, Any] = {
         "mae": float(error.mean()),
@@ -81,7 +81,7 @@ def calibration(predicted: Array, samples: Samples, seed: int = 0) -> dict[str, 
 
     Returns:
         ``calibration``: per level the share of outputs within it and the share of samples judged;
-        ``coverage_open``: of the band, with its 95 % interval over requests ``coverage_open_ci``,
+        ``coverage_open``: of the band, with its 95 % interval over instances ``coverage_open_ci``,
         what it should be ``coverage_open_expected`` and the share judged ``coverage_open_judged``.
     """
     room = samples.max_new_tokens[samples.request] - samples.tokens
@@ -100,27 +100,32 @@ def calibration(predicted: Array, samples: Samples, seed: int = 0) -> dict[str, 
     expected = np.where(high < room, QUANTILE_LEVELS[-1], 1.0)[judged] - QUANTILE_LEVELS[0]
     return result | {
         "coverage_open": float(inside.mean()),
-        "coverage_open_ci": list(bootstrap(inside, samples.request[judged], seed)),
+        "coverage_open_ci": list(bootstrap(inside, drawn_as(samples)[judged], seed)),
         "coverage_open_expected": float(expected.mean()),
     }
 
 
-def paired(error: Array, other: Array, request: Array, seed: int = 0) -> dict[str, Any]:
+def drawn_as(samples: Samples) -> Array:
+    """What is drawn again for an interval, the instance, of every sample, ``[n]``."""
+    return np.asarray(samples.instance[samples.request])
+
+
+def paired(error: Array, other: Array, unit: Array, seed: int = 0) -> dict[str, Any]:
     """Mean difference of two predictors' errors on the same samples, with its 95 % interval."""
-    low, high = bootstrap(error - other, request, seed)
+    low, high = bootstrap(error - other, unit, seed)
     return {"difference": float((error - other).mean()), "ci": [low, high]}
 
 
-def draws(requests: int, seed: int) -> Array:
-    """How often each request is in each of the bootstrap's resamples, ``[RESAMPLES, requests]``."""
+def draws(units: int, seed: int) -> Array:
+    """How often each unit is in each of the bootstrap's resamples, ``[RESAMPLES, units]``."""
     generator = np.random.default_rng(seed)
-    return generator.multinomial(requests, np.full(requests, 1 / requests), RESAMPLES)
+    return generator.multinomial(units, np.full(units, 1 / units), RESAMPLES)
 
 
-def bootstrap(values: Array, request: Array, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of values when whole requests are drawn again."""
-    _, request = np.unique(request, return_inverse=True)
-    sums, counts = np.bincount(request, values), np.bincount(request)
+def bootstrap(values: Array, unit: Array, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of values when units (:func:`drawn_as`) are drawn again."""
+    _, unit = np.unique(unit, return_inverse=True)
+    sums, counts = np.bincount(unit, values), np.bincount(unit)
     drawn = draws(len(sums), seed)
     low, high = np.percentile((drawn @ sums) / (drawn @ counts), [2.5, 97.5])
     return float(low), float(high)
@@ -154,7 +159,7 @@ def _by_source(
         if rows.any():
             result[name] = {
                 "mae": float(error[rows].mean()),
-                "mae_ci": list(bootstrap(error[rows], samples.request[rows], seed)),
+                "mae_ci": list(bootstrap(error[rows], drawn_as(samples)[rows], seed)),
                 "requests": int((names == name).sum()),
             }
     return result

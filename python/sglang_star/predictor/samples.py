@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from sglang_star.errors import ConfigError
 from sglang_star.predictor.fingerprint import ModelFingerprint
+from sglang_star.predictor.prompts import instance_of
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.json"
@@ -85,6 +86,13 @@ class Samples:
     def output_tokens(self) -> Array:
         """Output length of each request, tokens."""
         return np.array([len(ids) for ids in self.output_ids], np.int64)
+
+    @property
+    def instance(self) -> Array:
+        """Which instance each request is of, ``[requests]`` from 0 in order of appearance."""
+        names = [instance_of(rid) for rid in self.rids]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return np.array([numbers[name] for name in names], np.int64)
 
     @property
     def cut(self) -> Array:

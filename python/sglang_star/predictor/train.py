@@ -123,6 +123,7 @@ def volume(parts: dataset.Split) -> dict[str, Any]:
         return {
             "requests": len(samples.rids),
             "prompts": len({rid.partition("#")[0] for rid in samples.rids}),
+            "instances": int(samples.instance.max()) + 1,
             "samples": len(samples.tokens),
             "output_tokens": int(samples.output_tokens.sum()),
             "at_limit": int((samples.censored & ~samples.cut).sum()),
