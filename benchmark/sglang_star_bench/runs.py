@@ -101,7 +101,10 @@ class Run:
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("trace", "curve")
         }
         known |= {"trace": self.trace.name, "trace_sha": version.of_trace(self.trace)}
-        known |= {"curve": self.curve.label, "code": version.of_code()}
+        curve = [self.curve.label, self.curve.log_error_std.tolist(), self.curve.turns]
+        known |= {"curve": curve, "code": version.of_code()}
+        if self.error_scale == float("inf"):  # JSON knows no infinity
+            known["error_scale"] = "inf"
         settled: dict[str, Any] = json.loads(json.dumps(known, sort_keys=True, default=dict))
         return settled
 

@@ -79,8 +79,10 @@ def effects() -> list[Variant]:
 def tune() -> list[Variant]:
     """Every policy's own numbers, on the trace for tuning."""
     found = [Variant("reactive, gap 0.1", REACTIVE)]
-    for gap in (0.2, 0.3, 0.5):
-        found.append(Variant(f"reactive, gap {gap}", REACTIVE, {"reactive": {"gap": gap}}))
+    found += [
+        Variant(f"reactive, gap {gap}", REACTIVE, {"reactive": {"gap": gap}})
+        for gap in (0.2, 0.3, 0.5)
+    ]
     for limit in (0.85, 1.0):
         given = {"reactive": {"gap": 0.3, "target_limit": limit}}
         found.append(Variant(f"reactive, gap 0.3, target {limit}", REACTIVE, given))
