@@ -23,7 +23,7 @@ from sglang_star_bench.simulator.emulated import ErrorCurve
 
 LONG: Final = "trace_servegen_r1_long3h.parquet"
 TRACES: Final = {
-    "long3h": (LONG, 300.0, 100.0),
+    "long3h": (LONG, 400.0, 100.0),
     "peak1h": ("trace_servegen_r1_peak1h.parquet", 120.0, 40.0),
     "mooncake": ("trace_mooncake_synthetic.parquet", 24.0, 8.0),
     "chat": ("trace_azure2023_conv.parquet", 30.0, 10.0),
@@ -65,7 +65,6 @@ def effects() -> list[Variant]:
         Variant("an older head's error", "star", {"curve": OLD_CURVE}),
         Variant("weights and link known exactly", "star", {"told": EXACT}),
         Variant("told 0.8 of the TPOT limit", "star", {"told": EXACT | {"slo": 0.8}}),
-        Variant("told 1.25 of the TPOT limit", "star", {"told": EXACT | {"slo": 1.25}}),
         Variant("prefill has links of its own", "star", {"config": apart}),
         Variant("host memory without limit", "star", {"config": free}),
         Variant(
@@ -78,22 +77,18 @@ def effects() -> list[Variant]:
 
 def tune() -> list[Variant]:
     """Every policy's own numbers, on the trace for tuning."""
-    found = [Variant("reactive, gap 0.1", REACTIVE)]
-    found += [
+    found = [
         Variant(f"reactive, gap {gap}", REACTIVE, {"reactive": {"gap": gap}})
-        for gap in (0.2, 0.3, 0.5)
+        for gap in (0.1, 0.3, 0.5)
     ]
-    for limit in (0.85, 1.0):
-        given = {"reactive": {"gap": 0.3, "target_limit": limit}}
-        found.append(Variant(f"reactive, gap 0.3, target {limit}", REACTIVE, given))
-    for low, high in ((256, 512), (512, 1024), (1024, 2048)):
+    for low, high in ((256, 512), (1024, 2048)):
         given = {"freeness": {"low": float(low), "high": float(high)}}
         name = f"freeness, {low} / {high}"
         found.append(Variant(name, "queued-freeness+freeness", given))
-    for pressure in (0.95, 1.0, 1.1):
-        for sigma in (0.5, 1.0):
-            given = {"star": {"admit_pressure": pressure, "risk_sigma": sigma}}
-            found.append(Variant(f"star, pressure {pressure}, sigma {sigma}", "star", given))
+    found += [
+        Variant(f"star, pressure {pressure}", "star", {"star": {"admit_pressure": pressure}})
+        for pressure in (0.95, 1.0, 1.1)
+    ]
     return found
 
 
@@ -124,11 +119,8 @@ def reserve() -> list[Variant]:
         variant("true lengths", reserve="oracle"),
         variant("head", reserve="head"),
         variant("512", reserved_tokens=512),
-        variant("256", reserved_tokens=256),
         variant("128", reserved_tokens=128),
         variant("64", reserved_tokens=64),
-        variant("by age, sigma 2", reserve="age", reserve_sigma=2.0),
-        variant("true lengths, sigma 0", reserve="oracle", reserve_sigma=0.0),
     ]
 
 
