@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sglang_star.errors import ConfigError
 from sglang_star.platform.profile import PROFILES
 from sglang_star_bench import scenarios, traces
-from sglang_star_bench.runs import POLICIES
+from sglang_star_bench.runs import POLICIES, TOLD
 from sglang_star_bench.scenarios import SCENARIOS
 from sglang_star_bench.simulator.emulated import SHIPPED_CURVE, ErrorCurve
 from sglang_star_bench.traces import Trace
@@ -44,6 +45,13 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tpot-slo", type=float, default=50.0, metavar="MS")
     parser.add_argument("--link-gbps", type=float, metavar="G", help="decode links, Gb/s")
     parser.add_argument(
+        "--told",
+        metavar="NAME=F,...",
+        default="",
+        help="what policies are told as a multiple of the truth: "
+        + ", ".join(f"{name} [{factor:g}]" for name, factor in TOLD.items()),
+    )
+    parser.add_argument(
         "--error-scale",
         type=float,
         default=1.0,
@@ -58,8 +66,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="GROUP.NAME=VALUE",
-        help="a policy parameter (star, reactive, star_point) or a simulator one (config), "
-        "e.g. star.risk_sigma=0.5",
+        help="a policy parameter (star, reactive, star_point, freeness) or a simulator one "
+        "(config), e.g. star.risk_sigma=0.5",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure here")
@@ -97,16 +105,33 @@ def common_run(args: argparse.Namespace) -> dict[str, Any]:
         "link_gbps": args.link_gbps,
         "error_scale": args.error_scale,
         "curve": ErrorCurve.read(args.error_curve),
+        "told": TOLD | _told(args.told),
         "config": config,
         "star": star,
         "reactive": groups["reactive"],
         "star_point": groups["star_point"],
+        "freeness": groups["freeness"],
     }
+
+
+def _told(text: str) -> dict[str, float]:
+    told = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            told[name] = float(value)
+        except ValueError:
+            told[name] = 0.0
+        if name not in TOLD or not 0 < told[name] < math.inf:
+            raise ConfigError(
+                f"--told {part!r} is not NAME=FACTOR", hint=f"names: {', '.join(TOLD)}"
+            )
+    return told
 
 
 def _groups(settings: list[str]) -> dict[str, dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {
-        name: {} for name in ("config", "star", "reactive", "star_point")
+        name: {} for name in ("config", "star", "reactive", "star_point", "freeness")
     }
     for setting in settings:
         path, equals, value = setting.partition("=")
@@ -140,6 +165,13 @@ def write_json(path: Path | None, rows: Any) -> None:
     """Write results; the JSON has no NaN in it."""
     if path is not None:
         path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_rows(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Write result rows, one a line, so that a version control system can keep them."""
+    if path is not None:
+        lines = ",\n".join(json.dumps(row, allow_nan=False, separators=(",", ":")) for row in rows)
+        path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def report(error: Exception) -> int:

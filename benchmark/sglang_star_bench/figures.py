@@ -102,11 +102,12 @@ def policy_benchmark(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _spread(
     rows: Sequence[dict[str, Any]], policy: str, value: Any
 ) -> tuple[list[float], list[float], list[float], list[float]]:
+    """By load; a load at which any value is infinite has no point."""
     by_load = defaultdict(list)
     for row in rows:
-        if row["policy"] == policy and (got := value(row)) is not None:
-            by_load[row["asked_load"]].append(got)
-    loads = sorted(by_load)
+        if row["policy"] == policy:
+            by_load[row["asked_load"]].append(value(row))
+    loads = sorted(load for load, values in by_load.items() if None not in values)
     return (
         loads,
         [float(np.mean(by_load[x])) for x in loads],

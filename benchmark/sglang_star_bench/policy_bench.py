@@ -6,7 +6,8 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -35,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, default=3, help="windows of the trace per point")
     parser.add_argument(
+        "--windows",
+        type=int,
+        metavar="N",
+        help="instead of --seeds: the first N disjoint windows of the trace",
+    )
+    parser.add_argument(
         "--sustainable",
         metavar="A[,A...]",
         help="instead of --loads: the highest rate with these shares of requests in SLO",
@@ -44,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N[,N...]",
         help=f"time a decision at these fleet sizes, {REQUESTS_PER_INSTANCE} requests each",
     )
-    parser.add_argument("--resume", action="store_true", help="keep the rows --json already has")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="do not run again what --json has a row of: of this code, with these parameters",
+    )
     arguments.add_common(parser)
     return parser
 
@@ -59,7 +70,7 @@ def main(argv: list[str]) -> int:
             rows = list(_sustainable(args))
         else:
             rows = _grid(args)
-        arguments.write_json(args.json, rows)
+        arguments.write_rows(args.json, rows)
         if args.plot:
             _plot(args, rows)
     except (StarError, OSError) as error:
@@ -76,36 +87,57 @@ def _numbers(text: str, kind: type[Any]) -> list[Any]:
 
 def _grid(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All policies x fleet sizes x loads x seeds; the file is rewritten after every row."""
-    rows = _kept(args)
-    have = {(r["policy"], r["instances"], r["asked_load"], r["seed"]) for r in rows}
     trace, common = arguments.read_trace(args.trace, args.scenario), arguments.common_run(args)
     names = arguments.policy_names(args.policy)
-    points = [
-        (decode, load, name, seed)
+    parts = args.windows is not None
+    runs = [
+        Run(
+            policy=name,
+            trace=trace,
+            decode=decode,
+            load=load,
+            seed=seed,
+            part=seed if parts else None,
+            **common,
+        )
         for decode in _numbers(args.decode, int)
         for load in _numbers(args.loads, float)
+        for seed in range(args.windows if parts else args.seeds)
         for name in names
-        for seed in range(args.seeds)
     ]
-    update = bar("policy benchmark", len(points))
-    for done, (decode, load, name, seed) in enumerate(points):
-        if (name, decode, load, seed) in have:
+    rows = kept(args.json, {run.key for run in runs}) if args.resume else []
+    have = {row["key"] for row in rows}
+    update = bar("policy benchmark", len(runs))
+    for done, run in enumerate(runs):
+        if run.key in have:
             continue
-        run = Run(policy=name, trace=trace, decode=decode, load=load, seed=seed, **common)
-        rows.append(execute(run)[0] | {"asked_load": load})
-        arguments.write_json(args.json, rows)
+        rows.append(execute(run)[0] | {"asked_load": run.load})
+        arguments.write_rows(args.json, rows)
         update(done + 1)
     _print_table(rows)
     return rows
 
 
-def _kept(args: argparse.Namespace) -> list[dict[str, Any]]:
-    if not (args.resume and args.json and args.json.exists()):
+def kept(path: Path | None, wanted: Collection[str]) -> list[dict[str, Any]]:
+    """Rows that ``path`` has already; none if there is no such file.
+
+    Raises:
+        ConfigError: it is no result, or has rows of other code or other parameters: a table made of
+            both would compare what is not comparable.
+    """
+    if path is None or not path.exists():
         return []
     try:
-        rows: list[dict[str, Any]] = json.loads(args.json.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{args.json} cannot be resumed: {error}") from error
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        keys = [row.get("key") for row in rows]
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be resumed: {error}") from error
+    strange = sum(key not in wanted for key in keys)
+    if strange:
+        raise ConfigError(
+            f"{path}: {strange} of {len(rows)} rows are of other code or other parameters",
+            hint="name another file with --json, or leave out --resume to begin anew",
+        )
     return rows
 
 
@@ -155,8 +187,7 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def _mean(rows: Sequence[dict[str, Any]], key: str, inner: str | None = None) -> float:
     values = [r[key] if inner is None else r[key][inner] for r in rows]
-    known = [v for v in values if v is not None]
-    return mean(known) if known else float("nan")
+    return mean(float("inf") if v is None else v for v in values)
 
 
 def decision_times(sizes: Sequence[int], rounds: int = 31) -> Iterator[dict[str, Any]]:

@@ -210,6 +210,7 @@ def simulate(args: argparse.Namespace, policy: str, profile: Profile, trace: Tra
         tpot_slo_ms=args.tpot_slo,
         decision_interval_s=DECISION_S,
         error_scale=math.inf,
+        host_share=math.inf,  # the paced cluster backs up to `cpu_tensor`, which has no limit
     )
     fleet = Fleet(
         trace,

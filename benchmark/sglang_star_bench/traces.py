@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ from sglang_star.errors import ConfigError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 COLUMNS = ("arrival_s", "input_len", "output_len")
+PAST = 8192
+"""Requests before a window whose lengths may be known when it begins."""
+
+
+def _nothing() -> IntArray:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,15 @@ class Trace:
     Attributes:
         arrival_s: seconds since the start of the trace, ascending; input_len, output_len: tokens,
             at least 1.
+        past: output lengths of the requests before the first one, at most :data:`PAST`: all that
+            anybody may know of lengths when it begins.
     """
 
     name: str
     arrival_s: FloatArray
     input_len: IntArray
     output_len: IntArray
+    past: IntArray = field(default_factory=_nothing)
 
     @property
     def span_s(self) -> float:
@@ -53,10 +62,9 @@ class Trace:
         """Play the trace ``rate_scale`` times as fast, from a place the seed picks, going round.
 
         Seed 0 starts at the beginning. Going round keeps the rate when the scaled trace is
-        shorter than ``duration_s``.
+        shorter than ``duration_s``; ``past`` goes round too, and has nothing of the window in it.
         """
-        if not 0 < rate_scale < float("inf"):
-            raise ConfigError(f"rate scale must be positive, not {rate_scale}")
+        _check_scale(rate_scale)
         span = (self.span_s + 1.0 / max(self.rate, 1e-9)) / rate_scale
         offset = 0.0 if seed == 0 else float(np.random.default_rng(seed).uniform(0.0, span))
         times = self.arrival_s / rate_scale
@@ -65,7 +73,41 @@ class Trace:
         unrolled = np.concatenate([times + k * span for k in range(rounds)])[first:] - offset
         count = int(np.searchsorted(unrolled, duration_s, side="right"))
         rows = (np.arange(count) + first) % times.size
-        return Trace(self.name, unrolled[:count], self.input_len[rows], self.output_len[rows])
+        before = (first - 1 - np.arange(min(PAST, max(times.size - count, 0)))) % times.size
+        window = Trace(self.name, unrolled[:count], self.input_len[rows], self.output_len[rows])
+        return replace(window, past=self.output_len[before])
+
+    def part(self, rate_scale: float, duration_s: float, index: int) -> Trace:
+        """Play the ``index``-th of the disjoint stretches of ``duration_s`` the trace divides into.
+
+        The very first stretch is nobody's window: it is the past of window 0.
+
+        Raises:
+            ConfigError: the trace ends before the window does.
+        """
+        _check_scale(rate_scale)
+        times = self.arrival_s / rate_scale
+        begin = (index + 1) * duration_s
+        if begin + duration_s > times[-1] + 1e-6:
+            count = max(int(times[-1] / duration_s) - 1, 0)
+            raise ConfigError(
+                f"{self.name} has {count} windows of {duration_s:g} s at this rate, "
+                f"not {index + 1}",
+                hint="use a shorter --duration, fewer instances or fewer --windows",
+            )
+        first, last = np.searchsorted(times, [begin, begin + duration_s])
+        return Trace(
+            self.name,
+            times[first:last] - begin,
+            self.input_len[first:last],
+            self.output_len[first:last],
+            self.output_len[max(first - PAST, 0) : first],
+        )
+
+
+def _check_scale(rate_scale: float) -> None:
+    if not 0 < rate_scale < float("inf"):
+        raise ConfigError(f"rate scale must be positive, not {rate_scale}")
 
 
 def checked(name: str, arrival: Any, prompt: Any, output: Any) -> Trace:
@@ -238,9 +280,11 @@ def synthetic(
     prompt = np.clip(rng.lognormal(np.log(prompt_median), prompt_sigma, count), 1, max_prompt)
     output = np.clip(rng.lognormal(np.log(output_median), output_sigma, count), 1, max_output)
     keep = max(int(np.searchsorted(arrival, duration_s)), 1)
-    return checked(
+    before = np.clip(rng.lognormal(np.log(output_median), output_sigma, PAST), 1, max_output)
+    trace = checked(
         f"synthetic-{seed}",
         arrival[:keep],
         prompt[:keep].astype(np.int64),
         output[:keep].astype(np.int64),
     )
+    return replace(trace, past=before.astype(np.int64))

@@ -202,7 +202,13 @@ def test_a_full_pool_retracts_the_request_with_the_fewest_output_tokens() -> Non
 
     fleet = Watched(
         trace_of(*rows),
-        FleetConfig(decode=(profile,), prefill=profile, max_new_tokens=2500, drain_s=1e5),
+        FleetConfig(
+            decode=(profile,),
+            prefill=profile,
+            max_new_tokens=2500,
+            drain_s=1e5,
+            host_share=math.inf,
+        ),
         make_dispatch("least-tokens"),
         None,
     )
@@ -230,7 +236,12 @@ def test_nobody_is_admitted_while_retracted_requests_wait() -> None:
     fleet = Watched(
         trace_of(*rows),
         FleetConfig(
-            decode=(profile,), prefill=profile, max_new_tokens=2500, drain_s=1e5, duration_s=60
+            decode=(profile,),
+            prefill=profile,
+            max_new_tokens=2500,
+            drain_s=1e5,
+            duration_s=60,
+            host_share=math.inf,
         ),
         make_dispatch("round-robin"),
         None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,24 @@ from sglang_star.errors import ConfigError
 from sglang_star.platform.profile import PROFILES, Profile
 from sglang_star_bench.simulator.emulated import EmulatedPredictor, ErrorCurve
 from sglang_star_bench.simulator.instance import NEVER, Instance
+from sglang_star_bench.simulator.links import Links
 from sglang_star_bench.simulator.migration import Mover
-from sglang_star_bench.simulator.prefill import PrefillPool, exposed_transfer_s
+from sglang_star_bench.simulator.prefill import PrefillPool
 from sglang_star_bench.simulator.recorder import Recorder
 from sglang_star_bench.simulator.request import Request, State
+from sglang_star_bench.simulator.reserve import Foresight, by_forecast
 from sglang_star_bench.simulator.router import SimRouter
 from sglang_star_bench.simulator.table import Table
 from sglang_star_bench.simulator.view import RecentLengths, StatusView
-from sglang_star_bench.traces import Trace
+from sglang_star_bench.traces import IntArray, Trace
 from sglang_star_router.policy.base import DispatchPolicy, ReschedulePolicy
 from sglang_star_router.policy.calibration import Calibration
 from sglang_star_router.policy.params import StarParams
 from sglang_star_router.policy.snapshot import RESERVE_EACH, MoveOrder
 
 Progress = Callable[[float], None]
+RESERVES = ("blind", "age", "head", "oracle")
+FEWEST_PAST = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,13 @@ class FleetConfig:
             when they arrive.
         decision_interval_s: between rescheduling rounds.
         copy_slowdown: factor on the step time of both ends of a copy.
+        shared_links: KV from prefill and KV that moves share an instance's link.
+        host_share: host memory for retracted KV as a share of the device pool, SGLang's default
+            for ``host_pool``; what finds it full is aborted.
+        reserve: who says what an instance keeps free for every active request: ``blind`` is
+            ``reserved_tokens``, as SGLang does it; ``age``, ``head`` and ``oracle`` set it by
+            forecast at every status, from what age alone tells, the emulated head or the truth.
+        reserve_sigma, reserve_horizon: of that forecast, see :mod:`reserve`.
         error_scale: times the error curve; 0 perfect, ``inf`` useless.
         estimate_bias, estimate_band: factors on every estimate and on the width of its band, to
             emulate a head trained on other traffic.
@@ -65,8 +77,13 @@ class FleetConfig:
     status_delay_s: float = 0.02
     decision_interval_s: float = 1.0
     copy_slowdown: float = 1.05
+    shared_links: bool = True
+    host_share: float = 0.2
     reserved_tokens: int = RESERVE_EACH
     clip_tokens: int = 4096
+    reserve: str = "blind"
+    reserve_sigma: float = 1.0
+    reserve_horizon: int = 1536
     curve: ErrorCurve = field(default_factory=ErrorCurve.read)
     error_scale: float = 1.0
     estimate_bias: float = 1.0
@@ -84,6 +101,21 @@ class Timeline:
     shares: list[list[float]] = field(default_factory=list)
     moves: list[tuple[float, int, int]] = field(default_factory=list)
     retractions: list[tuple[float, int]] = field(default_factory=list)
+
+
+def past_lengths(trace: Trace) -> IntArray:
+    """What is known of output lengths when a window begins.
+
+    Raises:
+        ConfigError: nothing is, or so little that it says nothing.
+    """
+    if trace.past.size < FEWEST_PAST:
+        raise ConfigError(
+            f"{trace.name}: {trace.past.size} requests before the window, and a predictor's prior "
+            f"is made of at least {FEWEST_PAST}",
+            hint="use a shorter --duration, so that the trace has a past",
+        )
+    return trace.past
 
 
 class Fleet:
@@ -122,18 +154,22 @@ class Fleet:
                 self,
                 reserved=config.reserved_tokens,
                 clip=config.clip_tokens,
+                host_share=config.host_share,
             )
             for row, profile in enumerate(config.decode)
         ]
         self.by_name = {i.name: i for i in self.instances}
         self.pool = PrefillPool(config.prefill, config.prefill_instances)
-        self.mover = Mover(self.recorder, self.pool, config.copy_slowdown, self.at, self._note)
+        self.links = Links(self.at, shared=config.shared_links)
+        self.mover = Mover(
+            self.recorder, self.pool, self.links, config.copy_slowdown, self.at, self._note
+        )
         self.recent = RecentLengths()
         predictor = None
         looks_ahead = {dispatch.name, getattr(rescheduler, "name", "")} & {"star", "star-point"}
         if looks_ahead and not oracle:
             predictor = EmulatedPredictor(
-                trace.output_len,
+                past_lengths(trace),
                 config.curve,
                 config.error_scale,
                 bias=config.estimate_bias,
@@ -143,6 +179,7 @@ class Fleet:
         self.view = StatusView(
             self.instances, self.table, predictor, self.recent, self.calibration, oracle=oracle
         )
+        self.foresight = self._foresight()
         self.router = SimRouter(
             dispatch,
             rescheduler,
@@ -152,7 +189,29 @@ class Fleet:
             move=self._move,
             oracle=oracle,
             hold_deadline_s=config.hold_deadline_s,
+            predicted=self._predicted if dispatch.name.endswith("shortest-first") else None,
         )
+        self._oracle = oracle
+
+    def _foresight(self) -> Foresight | None:
+        config = self.config
+        if config.reserve not in RESERVES:
+            raise ConfigError(
+                f"no reserve {config.reserve!r}", hint=f"choose from {', '.join(RESERVES)}"
+            )
+        if config.reserve in ("blind", "oracle"):
+            return None if config.reserve == "blind" else Foresight(self.table, None)
+        scale = math.inf if config.reserve == "age" else config.error_scale
+        return Foresight(
+            self.table, EmulatedPredictor(past_lengths(self.trace), config.curve, scale)
+        )
+
+    def _predicted(self, request: Request) -> float:
+        """Output tokens as guessed from the prompt: with the error that the curve begins with."""
+        if self._oracle or self.config.error_scale == 0.0:
+            return float(request.length)
+        spread = self.config.error_scale * float(self.config.curve.log_error_std[0])
+        return request.length * math.exp(spread * self.table.noise[request.slot, 0])
 
     # ------------------------------------------------------------------ running
 
@@ -197,14 +256,14 @@ class Fleet:
         config = self.config
         limit = config.max_new_tokens or length
         length = min(length, limit)
-        request = self.table.add(f"r{row}", self.now_s, prompt, length, limit)
-        self.live[request.rid] = request
-        self.recorder.arrived(request)
         # SGLang refuses what could never be admitted even on an idle instance.
         room = max(i.capacity for i in self.instances) - config.reserved_tokens
         if prompt + min(limit, config.clip_tokens) > room:
-            self._refuse(request)
+            self.recorder.too_long += self.now_s >= config.warmup_s
             return
+        request = self.table.add(f"r{row}", self.now_s, prompt, length, limit)
+        self.live[request.rid] = request
+        self.recorder.arrived(request)
         self.router.arrive(request, self.now_s)
 
     def _note(self, request: Request) -> None:
@@ -219,6 +278,14 @@ class Fleet:
     def _status_now(self) -> None:
         config = self.config
         snapshot = self.view.take(self.now_s, config.status_delay_s)
+        if self.foresight is not None:
+            each = by_forecast(
+                self.foresight.of(snapshot), config.reserve_horizon, config.reserve_sigma
+            )
+            for instance, reserved in zip(self.instances, each, strict=True):
+                instance.reserved = int(reserved)
+            told = replace(snapshot.instances, reserve_each=each, guest_reserve=each)
+            snapshot = replace(snapshot, instances=told)
         share = snapshot.instances.kv_used / snapshot.instances.kv_capacity
         if self.now_s >= config.warmup_s and (mean := share.mean()) > 0:
             self.recorder.load_cv_sum += float(share.std() / mean)
@@ -274,15 +341,24 @@ class Fleet:
         count = requests * steps
         self.recorder.itl.add(seconds * 1e3 / steps, count)
         self.recorder.decoded_tokens += count
+        if self.config.warmup_s <= self.now_s <= self.config.duration_s:
+            self.recorder.judged_tokens += count
 
     def prefill(self, request: Request, now_s: float) -> None:
         """See :class:`FleetHooks`."""
         self.table.note(request)
         target = request.instance
         assert target is not None
-        done = self.pool.submit(request.prompt, now_s)
-        done += exposed_transfer_s(request.prompt, target.profile)
-        self.at(done, self._prefilled, request)
+        for when, tokens, last in self.pool.submit(request.prompt, now_s):
+            self.at(when, self._computed, (request, target, tokens, last))
+
+    def _computed(self, chunk: tuple[Request, Instance, int, bool]) -> None:
+        request, target, tokens, last = chunk
+        arrived = self._prefilled if last else self._nothing
+        self.links.send(None, target, tokens, self.now_s, arrived, request)
+
+    def _nothing(self, _: Any) -> None:
+        """An earlier chunk has arrived: the last one is waited for."""
 
     def _prefilled(self, request: Request) -> None:
         assert request.instance is not None
@@ -304,6 +380,10 @@ class Fleet:
             self.timeline.retractions.append((self.now_s, request.instance.row))
         self.table.note(request)
 
+    def request_aborted(self, request: Request) -> None:
+        """See :class:`FleetHooks`."""
+        self.recorder.aborted += request.arrival_s >= self.config.warmup_s
+
     def request_parked(self, request: Request, now_s: float) -> None:
         """See :class:`FleetHooks`."""
         self._note(request)
@@ -315,6 +395,8 @@ class Fleet:
         if request.state == State.FINISHED:
             self.recent.add(request.length)
             self.calibration.ended(request.rid, request.length)
+        else:
+            self.calibration.lost(request.rid)
         if self.live.pop(request.rid, None) is not None:
             self.table.remove(request)
 

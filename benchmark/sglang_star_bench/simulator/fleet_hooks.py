@@ -36,6 +36,10 @@ class FleetHooks(Protocol):
         """Its KV went to host memory."""
         ...
 
+    def request_aborted(self, request: Request) -> None:
+        """Neither device nor host had room for its KV; :meth:`request_done` follows."""
+        ...
+
     def request_parked(self, request: Request, now_s: float) -> None:
         """A move reached its park step; the request may have finished or been retracted."""
         ...

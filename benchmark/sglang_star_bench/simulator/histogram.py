@@ -14,16 +14,25 @@ _BINS = 4096
 
 
 class LogHistogram:
-    """Counts of positive values; the mean and the maximum are exact."""
+    """Counts of positive values; the mean and the maximum are exact.
+
+    Infinite ones count in ``count`` and in quantiles, and lie in no bin.
+    """
 
     def __init__(self) -> None:
         self.counts: npt.NDArray[np.float64] = np.zeros(_BINS)
         self.total = 0.0
         self.count = 0.0
         self.max = 0.0
+        self.infinite = 0.0
 
     def add(self, value: float, weight: float = 1.0) -> None:
         """Count ``value`` ``weight`` times."""
+        if value == math.inf:
+            self.infinite += weight
+            self.count += weight
+            self.total = self.max = math.inf
+            return
         position = int(math.log(value / _LOWEST) / _STEP) if value > _LOWEST else 0
         self.counts[min(position, _BINS - 1)] += weight
         self.total += value * weight
@@ -41,6 +50,8 @@ class LogHistogram:
         if not self.count:
             return math.nan
         rank = level * self.count
+        if rank > self.count - self.infinite:
+            return math.inf
         position = int(np.searchsorted(np.cumsum(self.counts), rank))
         middle = _LOWEST * math.exp((min(position, _BINS - 1) + 0.5) * _STEP)
         return min(middle, self.max)

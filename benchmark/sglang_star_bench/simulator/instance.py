@@ -8,6 +8,7 @@ What is modelled after SGLang 0.5.23's disaggregated decode scheduler:
 * Before each step every running request takes one token. If they do not fit, the request with the
   fewest output tokens (longest prompt among equals) is copied to host memory, until they do; at
   least one is, and the last one standing is aborted if it does not fit alone.
+* Host memory for these is a share of the device pool; a request that finds it full is aborted.
 * Retracted requests resume in order, each once its KV plus ``reserved`` tokens fit.
 
 Steps are not simulated one by one. Between two changes of the batch ``n`` requests run and each
@@ -40,6 +41,7 @@ class Instance:
         running: slot -> request; running_kv: KV tokens of these at that boundary.
         held_kv: KV of requests that are not in the batch: prefilling, arrived, parked.
         reserved_kv: KV reserved for requests that are being moved here.
+        host_kv: KV of retracted requests in host memory; host_capacity: the most there may be.
         slowdown: factor on step time, above 1 while KV is being copied.
     """
 
@@ -52,6 +54,7 @@ class Instance:
         *,
         reserved: int = RESERVE_EACH,
         clip: int = 4096,
+        host_share: float = NEVER,
     ) -> None:
         self.row = row
         self.name = name
@@ -60,6 +63,8 @@ class Instance:
         self.reserved = reserved
         self.clip = clip
         self.capacity = profile.kv_capacity
+        self.host_capacity = host_share * self.capacity
+        self.host_kv = 0
         self.steps = 0
         self.started_s = 0.0
         self.running: dict[int, Request] = {}
@@ -232,6 +237,7 @@ class Instance:
             if self.free_kv - self.reserved * self.active < wanted:
                 return
             self.retracted.popleft()
+            self.host_kv -= request.kv(self.steps)
             self.started_s += (
                 request.kv(self.steps) * self.profile.kv_bytes / (self.profile.host_bytes_per_s)
             )
@@ -290,12 +296,19 @@ class Instance:
         if len(order) == 1 and self.free_kv < 1:
             self._leave(order[0])
             order[0].state = State.FAILED
+            self.fleet.request_aborted(order[0])
             self.fleet.request_done(order[0])
 
     def _retract(self, request: Request) -> None:
         self._leave(request)
         request.last_token_s = self.started_s
+        if self.host_kv + request.kv(self.steps) > self.host_capacity:
+            request.state = State.FAILED
+            self.fleet.request_aborted(request)
+            self.fleet.request_done(request)
+            return
         request.state = State.RETRACTED
+        self.host_kv += request.kv(self.steps)
         self.retracted.append(request)
         self.started_s += (
             request.kv(self.steps) * self.profile.kv_bytes / self.profile.host_bytes_per_s

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_star_bench.simulator.instance import Instance
-from sglang_star_bench.simulator.prefill import PrefillPool, exposed_transfer_s
+from sglang_star_bench.simulator.links import Links
+from sglang_star_bench.simulator.prefill import PrefillPool
 from sglang_star_bench.simulator.recorder import Recorder
 from sglang_star_bench.simulator.request import Request, State
 
@@ -37,6 +38,7 @@ class Mover:
     """Carries orders out on the fleet.
 
     Args:
+        links: what KV travels on.
         slowdown: factor on the step time of both ends while KV is copied.
         at: schedules a call at a time.
         changed: told after a request's state, place or migration changed.
@@ -46,18 +48,18 @@ class Mover:
         self,
         recorder: Recorder,
         prefill: PrefillPool,
+        links: Links,
         slowdown: float,
         at: Callable[[float, Callable[[Any], None], Any], None],
         changed: Callable[[Request], None],
     ) -> None:
         self.recorder = recorder
         self.prefill = prefill
+        self.links = links
         self.slowdown = slowdown
         self.at = at
         self.changed = changed
         self.now_s = 0.0
-        self._out_free: dict[int, float] = {}
-        self._in_free: dict[int, float] = {}
 
     def start(
         self, request: Request | None, source: Instance, target: Instance, mode: str, now_s: float
@@ -91,17 +93,8 @@ class Mover:
         else:
             source.copying(+1, self.slowdown, now_s)
             target.copying(+1, self.slowdown, now_s)
-            self.at(self._link(move, tokens, now_s), self._copied, move)
+            self.links.send(source, target, tokens, now_s, self._copied, move)
         return True
-
-    def _link(self, move: Migration, tokens: int, now_s: float) -> float:
-        """Queue ``tokens`` of KV on both ends' links; returns when they have arrived."""
-        source, target = move.source, move.target
-        rate = min(source.profile.link_bytes_per_s, target.profile.link_bytes_per_s)
-        begin = max(now_s, self._out_free.get(source.row, 0.0), self._in_free.get(target.row, 0.0))
-        end = begin + tokens * source.profile.kv_bytes / rate
-        self._out_free[source.row] = self._in_free[target.row] = end
-        return end + source.profile.link_latency_ms / 1e3
 
     def _copied(self, move: Migration) -> None:
         move.source.copying(-1, self.slowdown, self.now_s)
@@ -121,11 +114,15 @@ class Mover:
         if move.recompute:
             tokens = request.kv(move.source.steps)
             self.recorder.recomputed_tokens += tokens
-            done = self.prefill.submit(tokens, now_s)
-            done += exposed_transfer_s(tokens, move.target.profile)
-            self.at(done, self._landed, move)
+            for when, chunk, last in self.prefill.submit(tokens, now_s):
+                self.at(when, self._recomputed, (move, chunk, last))
             return
-        self.at(self._link(move, max(tail, 0), now_s), self._landed, move)
+        self.links.send(move.source, move.target, max(tail, 0), now_s, self._landed, move)
+
+    def _recomputed(self, chunk: tuple[Migration, int, bool]) -> None:
+        move, tokens, last = chunk
+        arrived = self._landed if last else _nothing
+        self.links.send(None, move.target, tokens, self.now_s, arrived, move)
 
     def _landed(self, move: Migration) -> None:
         request, source, target = move.request, move.source, move.target
@@ -146,3 +143,7 @@ class Mover:
         move.source.poke(now_s)
         move.target.poke(now_s)
         self.changed(move.request)
+
+
+def _nothing(_: Any) -> None:
+    """An earlier chunk has arrived: the last one is waited for."""

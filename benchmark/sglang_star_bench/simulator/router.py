@@ -24,6 +24,8 @@ class SimRouter:
     Args:
         send: puts a request on an instance; refuse: answers 429; move: carries an order out.
         oracle: arrivals carry their true output length.
+        predicted: output tokens expected of a request before it runs: the shortest goes first
+            where the dispatch policy is ``shortest-first``. None: the oldest always does.
         hold_deadline_s: held longer than this, a request yields to fresher ones.
     """
 
@@ -38,6 +40,7 @@ class SimRouter:
         move: Callable[[MoveOrder], None],
         oracle: bool,
         hold_deadline_s: float,
+        predicted: Callable[[Request], float] | None = None,
     ) -> None:
         self.dispatch = dispatch
         self.rescheduler = rescheduler
@@ -47,6 +50,7 @@ class SimRouter:
         self.move = move
         self.oracle = oracle
         self.hold_deadline_s = hold_deadline_s
+        self.predicted = predicted
         self.snapshot: FleetSnapshot | None = None
         self.rows: dict[str, int] = {}
         self.sequence = 0
@@ -69,9 +73,12 @@ class SimRouter:
             arrived_s=now_s,
             true_output_tokens=float(request.length) if self.oracle else float("nan"),
         )
-        in_time = [a for a, _ in self.held if now_s - a.arrived_s <= self.hold_deadline_s]
+        ahead = [h for h in self.held if now_s - h[0].arrived_s <= self.hold_deadline_s]
+        if self.predicted is not None:
+            own = self.predicted(request)
+            ahead = [h for h in ahead if self.predicted(h[1]) <= own]
         self.held.append((arrival, request))
-        if not in_time and self._try(len(self.held) - 1, now_s):
+        if not ahead and self._try(len(self.held) - 1, now_s):
             self.held.pop()
 
     def reschedule(self, now_s: float) -> None:
@@ -90,6 +97,9 @@ class SimRouter:
         if not self.held:
             return
         order, in_time = retry_order([a for a, _ in self.held], now_s, self.hold_deadline_s)
+        if self.predicted is not None:
+            cost = {k: self.predicted(self.held[k][1]) for k in order[:in_time]}
+            order[:in_time] = sorted(order[:in_time], key=cost.__getitem__)
         gone: set[int] = set()
         for group in (order[:in_time], order[in_time:]):
             failures = 0

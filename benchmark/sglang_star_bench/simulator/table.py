@@ -32,6 +32,7 @@ class Table:
             rows, None, dtype=object
         )
         self.rids: np.ndarray[tuple[int], np.dtype[np.object_]] = np.full(rows, "", dtype=object)
+        self.slot_of: dict[str, int] = {}
         self._free = list(range(rows - 1, -1, -1))
 
     def add(self, rid: str, arrival_s: float, prompt: int, length: int, max_new: int) -> Request:
@@ -51,12 +52,14 @@ class Table:
         self.noise[slot] = self._rng.standard_normal(2)
         self.requests[slot] = request
         self.rids[slot] = rid
+        self.slot_of[rid] = slot
         return request
 
     def remove(self, request: Request) -> None:
         """Free the row."""
         self.state[request.slot] = -1
         self.requests[request.slot] = None
+        del self.slot_of[request.rid]
         self._free.append(request.slot)
 
     def note(self, request: Request) -> None:
