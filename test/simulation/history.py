@@ -85,6 +85,7 @@ class History:
         self.stack = ""
         self.specs = {spec.rid: spec for _, _, spec in plan.requests}
         self.clients: dict[str, Client] = {}
+        self._updating: set[int] = set()
         self.config = StarConfig(
             predictor="off",
             heartbeat_s=HEARTBEAT_S,
@@ -383,17 +384,15 @@ class History:
             node.paused = True
             if retract:
                 node.mover.recomputing(recompute)
+            # Whoever pauses hears that it is done before going on.
+            self.clock.after(lasts, node.input, lambda: self._go_on(node))
 
         def recompute() -> None:
             while node.engine.in_flight:
                 node.engine.result()
             node.engine.retract_all()
 
-        def go_on() -> None:
-            node.paused = False
-
         node.input(now)
-        self.clock.after(lasts, node.input, go_on)
 
     def update(self, lasts: float) -> None:
         """New weights everywhere: each engine retracts all, loads them, flushes, and goes on."""
@@ -403,6 +402,7 @@ class History:
 
     def _load(self, node: Node, until: float) -> None:
         node.engine.version += 1
+        self._updating.add(id(node))
         self._reflush(node, until)
 
     def _reflush(self, node: Node, until: float) -> None:
@@ -410,9 +410,17 @@ class History:
         if engine.is_idle(paused=True) and not node.mover.holds_kv_off_batch:
             self.note(node.name, "flushes")
             engine.flush()
-        elif self.clock.now < until:
-            # SGLang says that it could not, and whoever updates asks again.
+            self._updating.discard(id(node))
+            self.clock.after(
+                max(0.0, until - self.clock.now), node.input, lambda: self._go_on(node)
+            )
+        else:
+            # SGLang says that it could not, and whoever updates asks again before going on: old KV
+            # would be found in the cache.
             self.clock.after(0.01, node.input, lambda: self._reflush(node, until))
+
+    def _go_on(self, node: Node) -> None:
+        node.paused = id(node) in self._updating
 
     def _abort_all(self, node: Node) -> None:
         guests = {guest.client_rid for guest in node.mover.host.by_stream.values()}
