@@ -116,7 +116,8 @@ def test_equal_requests_together_share_every_step() -> None:
     rows = [(0.0, prompt, output)] * count
     fleet = simulate(trace_of(*rows), profile, prefill_instances=count)
     steps = [profile.step_ms(count, count * (prompt + k)) for k in range(output - 1)]
-    assert fleet.recorder.tpot.mean == pytest.approx(sum(steps) / (output - 1), rel=1e-6)
+    # But for the first ones: KV arrives over one link, one request's after the other's.
+    assert fleet.recorder.tpot.mean == pytest.approx(sum(steps) / (output - 1), rel=1e-4)
     assert fleet.recorder.itl.count == pytest.approx(count * (output - 1))
 
 
@@ -443,7 +444,7 @@ def test_unknown_profiles_are_refused(name: str) -> None:
 def test_what_can_never_fit_fails_at_once_and_the_rest_goes_on() -> None:
     rows = [(0.0, 100, 50), (1.0, 19_000, 50), (2.0, 100, 50)]
     recorder = simulate(trace_of(*rows), SMALL).recorder
-    assert (recorder.completed, recorder.failed) == (2, 1)
+    assert (recorder.completed, recorder.too_long) == (2, 1)
 
 
 def test_fleets_of_nothing_are_refused() -> None:
