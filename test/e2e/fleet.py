@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import time
 import uuid
 from collections import Counter
@@ -137,14 +138,13 @@ class Endless:
 
     async def _behind(self, at: int) -> float:
         """By how much the likeliest token there is likelier than the one that came."""
-        wanted = {"return_logprob": True, "token_ids_logprob": [self.tokens[at]]}
-        body = {**self._body(1), "top_logprobs_num": 1, **wanted}
+        body = {**self._body(2), "return_logprob": True, "top_logprobs_num": 8}
         body["input_ids"] = self._prompt + self.tokens[:at]
         code, answer = await self._fleet.post(self._url + "/generate", body)
         assert code == 200, answer
-        meta = answer["meta_info"]
-        [[best]], [[came]] = meta["output_top_logprobs"], meta["output_token_ids_logprobs"]
-        return float(best[0] - came[0])
+        likely = answer["meta_info"]["output_top_logprobs"][0]
+        came = [chance for chance, token, *_ in likely if token == self.tokens[at]]
+        return float(likely[0][0] - came[0]) if came else math.inf
 
     def _body(self, tokens: int) -> dict[str, Any]:
         params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
