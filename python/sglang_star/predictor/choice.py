@@ -44,22 +44,22 @@ def choose(wanted: str, model: ModelFingerprint, store: HeadStore | None = None)
     if wanted == AUTO_HEAD:
         return _found(model, HeadStore() if store is None else store)
     if wanted == BUILTIN_HEAD:
-        path = heads.packaged(model)
-        if path is None:
+        found = heads.packaged(model)
+        if found is None:
             raise HeadError(
                 f"no packaged predictor head for {model.text}",
                 hint="launch with --star-predictor auto or off, or make one with `star predictor "
                 "collect` and `star predictor train` and name it with --star-predictor",
             )
-        return _named(path, heads.load(path))
+        return _named(*found)
     head = heads.load(Path(wanted))
     head.card.fingerprint.require(model, wanted)
     return _named(Path(wanted), head)
 
 
 def _found(model: ModelFingerprint, store: HeadStore) -> Choice:
-    if path := heads.packaged(model):
-        return _named(path, heads.load(path))
+    if found := heads.packaged(model):
+        return _named(*found)
     if kept := store.newest(model):
         log.info("STAR: predictor head %s of the store", kept[0].name)
         return _named(*kept)

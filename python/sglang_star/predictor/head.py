@@ -192,11 +192,12 @@ def load(path: Path) -> Head:
     return Head(card, weights)
 
 
-def packaged(fingerprint: ModelFingerprint) -> Path | None:
-    """The file of the head that comes with STAR for a model, if there is one."""
+def packaged(fingerprint: ModelFingerprint) -> tuple[Path, Head] | None:
+    """The head that comes with STAR for a model and its file, if there is one."""
     for path in sorted(HEADS.glob("*.safetensors")):
-        if load(path).card.fingerprint == fingerprint:
-            return path
+        head = load(path)
+        if head.card.fingerprint == fingerprint:
+            return path, head
     return None
 
 
